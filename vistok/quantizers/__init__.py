@@ -1,0 +1,1 @@
+"""Quantizers: from continuous features to ids and back. One interface, any tokenizer."""
