@@ -1,0 +1,238 @@
+"""`config.json` + `model.safetensors`: save, load strictly, push; local folders and the hub alike."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from vistok.config import create, plain
+from vistok.registry import nearest
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+FORMAT = "vistok"
+HUB_PREFIX = "hf-hub:"
+
+
+class LoadError(ValueError):
+    """Weights or a configuration that do not fit; the message lists what does not."""
+
+
+class Saveable:
+    """Mixin for registered modules: remembers the constructor's arguments, saves and loads itself.
+
+    Attributes:
+        config: Keyword arguments it was built with, defaults included.
+    """
+
+    registry_kind: ClassVar[str]
+    registry_name: ClassVar[str]
+    config: dict[str, Any]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__init__" in cls.__dict__:
+            cls.__init__ = _recording(cls.__init__)  # type: ignore[method-assign]
+
+    def extra_config(self) -> dict[str, Any]:
+        """Facts stored beside the configuration (a tokenizer's preprocessing and model id)."""
+        return {}
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write `config.json` and `model.safetensors` into a folder, each file atomically.
+
+        Returns:
+            The folder.
+        """
+        from safetensors.torch import save
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}  # type: ignore[attr-defined]
+        head = {"format": FORMAT, "kind": self.registry_kind, "name": self.registry_name, "config": plain(self.config)}
+        write_atomic(folder / WEIGHTS, save(state, metadata={"format": "pt"}))
+        write_atomic(folder / CONFIG, json.dumps(head | self.extra_config(), indent=2).encode())
+        return folder
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path) -> Any:
+        """Load what `save_pretrained` wrote, from a folder or `hf-hub:org/name`.
+
+        Raises:
+            LoadError: Another format or class, or weights that do not fit.
+        """
+        config, tensors = read_folder(source)
+        if config.get("format") != FORMAT:
+            raise LoadError(f"{source} is not in vistok's format. Use vistok.load, which knows official checkpoints.")
+        module = build_saved(config, tensors, str(source))
+        if not isinstance(module, cls):
+            raise LoadError(f"{source} holds {config['name']!r}, a {type(module).__name__}, not a {cls.__name__}.")
+        return module
+
+    def push_to_hub(self, repo: str, *, private: bool = False) -> str:
+        """Upload the module to a hub repository `org/name` (needs a login); returns the commit's address."""
+        from huggingface_hub import HfApi
+
+        api = HfApi()
+        api.create_repo(repo, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return str(api.upload_folder(repo_id=repo, folder_path=folder))
+
+
+def _recording(init: Any) -> Any:
+    """Wrap a constructor so that the outermost one stores its bound arguments as `config`."""
+
+    @functools.wraps(init)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> None:
+        if "_recorded" not in self.__dict__:
+            bound = inspect.signature(init).bind(self, *args, **kwargs)
+            bound.apply_defaults()
+            object.__setattr__(self, "_recorded", plain(dict(list(bound.arguments.items())[1:])))
+        init(self, *args, **kwargs)
+        object.__setattr__(self, "config", self.__dict__["_recorded"])
+
+    return wrapped
+
+
+def build_saved(config: Mapping[str, Any], tensors: Mapping[str, Tensor], source: str) -> Any:
+    """Build a module from the content of a folder in vistok's format and load its tensors strictly."""
+    try:
+        module = create(config["kind"], config["name"], **config["config"])
+    except KeyError as err:
+        raise LoadError(f"{source}/{CONFIG} does not describe a vistok module: {err}") from err
+    load_strictly(module, tensors, source)
+    for key in ("model_id",):
+        if key in config:
+            setattr(module, key, config[key])
+    return module
+
+
+def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Load a state dict; every key and shape must fit. Half-precision files become the module's own precision.
+
+    Raises:
+        LoadError: Lists missing and unknown keys and wrong shapes.
+    """
+    own = module.state_dict()
+    missing, extra = sorted(set(own) - set(tensors)), sorted(set(tensors) - set(own))
+    wrong = [k for k in own if k in tensors and own[k].shape != tensors[k].shape]
+    if missing or extra or wrong:
+        lines = [f"{source} does not fit {type(module).__name__}:"]
+        lines += [f"missing {_some(missing)}"] * bool(missing) + [f"not known {_some(extra)}"] * bool(extra)
+        lines += [f"wrong shape {_some([f'{k} {tuple(tensors[k].shape)} for {tuple(own[k].shape)}' for k in wrong])}"] * bool(wrong)
+        raise LoadError(" ".join(lines))
+    module.load_state_dict(dict(tensors), strict=True)
+
+
+def _some(keys: list[str], limit: int = 6) -> str:
+    return f"{len(keys)} ({', '.join(keys[:limit])}{', ...' if len(keys) > limit else ''});"
+
+
+def read_folder(source: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """`config.json` and all safetensors of a folder or of `hf-hub:org/name`. Nothing in them is executed.
+
+    Raises:
+        LoadError: No such folder, a missing or damaged file.
+    """
+    folder = locate(source)
+    config_file = folder / CONFIG
+    if not config_file.is_file():
+        raise LoadError(f"{folder} has no {CONFIG}. A checkpoint folder holds {CONFIG} and {WEIGHTS}.")
+    try:
+        config = json.loads(config_file.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as err:
+        raise LoadError(f"{config_file} is not valid JSON: {err}") from err
+    if not isinstance(config, dict):
+        raise LoadError(f"{config_file} does not hold a JSON object.")
+    return config, read_tensors(folder)
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder's safetensors files (sharded or not)."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise LoadError(f"{folder} has no safetensors file. A checkpoint folder holds {CONFIG} and {WEIGHTS}.")
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            tensors |= load_file(file)
+        except (SafetensorError, OSError) as err:
+            raise LoadError(f"{file} is damaged or not a safetensors file: {err}") from err
+    return tensors
+
+
+def locate(source: str | Path) -> Path:
+    """The local folder behind a path or `hf-hub:org/name` (downloaded into the Hugging Face cache).
+
+    Raises:
+        LoadError: Neither; says how to write both.
+    """
+    text = str(source)
+    if text.startswith(HUB_PREFIX):
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+        repo = text.removeprefix(HUB_PREFIX)
+        try:
+            return Path(snapshot_download(repo, allow_patterns=["*.json", "*.safetensors"]))
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as err:
+            raise LoadError(f"{repo!r} could not be fetched from the hub and is not in its cache: {err}") from err
+    path = Path(source)
+    if path.is_dir():
+        return path
+    parent = path.parent if path.parent.is_dir() else Path()
+    near = nearest(path.name, (p.name for p in parent.iterdir() if p.is_dir()))
+    raise LoadError(f"There is no folder {text!r}. {near} For the hub write hf-hub:org/name.")
+
+
+def model_id(tensors: Mapping[str, Tensor]) -> str:
+    """First 4 bytes, as 8 hex digits, of a sha256 over tensors: sorted names, shapes and float32 bytes."""
+    digest = hashlib.sha256()
+    for key in sorted(tensors):
+        value = tensors[key].detach().cpu()
+        value = value.float() if value.is_floating_point() else value
+        digest.update(f"{key}{tuple(value.shape)}".encode())
+        digest.update(value.contiguous().numpy().tobytes())
+    return digest.hexdigest()[:8]
+
+
+def write_atomic(path: str | Path, data: bytes) -> None:
+    """Write a file so that a crash leaves either the old or the new content, never half of it."""
+    path = Path(path)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        try:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        except BaseException:
+            file.close()
+            os.unlink(file.name)
+            raise
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, path)
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Number of trainable and frozen parameters."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def on_meta(kind: str, name: str, **config: Any) -> nn.Module:
+    """Build a component without memory, to look at its keys and sizes."""
+    with torch.device("meta"):
+        module: nn.Module = create(kind, name, **config)
+    return module

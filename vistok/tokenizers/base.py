@@ -1,0 +1,227 @@
+"""What every visual tokenizer is: `encode`, `decode`, `forward`, and how it is saved."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from vistok import hub
+from vistok.image import Preprocess, to_tensor
+from vistok.quantizers.base import Quantized, Quantizer
+from vistok.tokens import Tokens
+
+
+@dataclass(frozen=True)
+class TokenizerOutput:
+    """What a tokenizer's `forward` gives to a training step.
+
+    Attributes:
+        images: Reconstruction, unclamped, (B, 3, H, W); None for models trained without pixels.
+        tokens: The tokens, with codes that carry the gradient.
+        quantized: The quantizer's result with its loss terms; None without a quantizer.
+        extras: Whatever else a loss of this system needs (features, logits), named in the class docstring.
+    """
+
+    images: Tensor | None
+    tokens: Tokens
+    quantized: Quantized | None
+    extras: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Tokenizer(hub.Saveable, nn.Module):
+    """Base of all tokenizers.
+
+    A subclass builds its `quantizer` in the constructor, sets `preprocess` and `num_tokens`, and implements
+    `encode_features` and `decode_codes`; everything users touch is here.
+
+    Attributes:
+        nested: Whether any prefix of the tokens is a valid shorter code.
+        uses_text: Whether decoding is conditioned on captions.
+        options: Names of the optional arguments of `encode`/`decode` that this tokenizer understands, out of
+            `text`, `sample`, `size`, `generator`, `steps`, `guidance`.
+        decoder_parts: Names of submodules and parameters that only decoding uses; the model id leaves them out.
+        preprocess: How pictures become its input.
+        quantizer: The quantizer.
+        num_tokens: Tokens per picture, K.
+        grid: (h, w) of the tokens, None for 1D tokens.
+    """
+
+    nested: ClassVar[bool] = False
+    uses_text: ClassVar[bool] = False
+    options: ClassVar[frozenset[str]] = frozenset()
+    decoder_parts: ClassVar[tuple[str, ...]] = ("decoder",)
+    preprocess: Preprocess
+    quantizer: Quantizer
+    num_tokens: int
+    grid: tuple[int, ...] | None = None
+    _model_id: str | None = None
+
+    # -- what a subclass implements ------------------------------------------------------------------------------
+
+    def encode_features(self, images: Tensor) -> Tensor:
+        """Pictures in [0, 1], (B, 3, H, W) -> features for the quantizer, float32, (B, N, quantizer.in_dim)."""
+        raise NotImplementedError
+
+    def decode_codes(self, codes: Tensor) -> Tensor:
+        """Codes (B, N, quantizer.dim) -> pictures around [0, 1], unclamped, (B, 3, H, W)."""
+        raise NotImplementedError
+
+    # -- what users call -----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode(
+        self, images: Any, num_tokens: int | None = None, *, text: Any = None, sample: bool = False
+    ) -> Tokens:
+        """Turn pictures into tokens.
+
+        Args:
+            images: Float tensor in [0, 1] or uint8, (B, 3, H, W); PIL pictures; paths; or a list of these.
+            num_tokens: Keep only this many tokens of each row (nested tokenizers only).
+            text: Captions, for tokenizers whose encoder reads them.
+            sample: Draw from the posterior instead of taking its mode (continuous latents only).
+
+        Raises:
+            ValueError: A tensor of the wrong size or range, an option this tokenizer does not have, or more tokens
+                than it makes.
+
+        Example:
+            >>> tokens = tokenizer.encode("photo.jpg")      # Tokens(1 x 128 tokens, 12 bits each)
+        """
+        self._refuse(text=text, sample=sample or None)
+        batch = to_tensor(images, self.preprocess).to(self.device)
+        tokens = self._encode(batch, sample=sample)
+        return tokens if num_tokens is None else self._prefix(tokens, num_tokens)
+
+    @torch.no_grad()
+    def decode(
+        self,
+        tokens: Tokens | Tensor,
+        *,
+        text: Any = None,
+        size: tuple[int, int] | None = None,
+        generator: torch.Generator | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+    ) -> Tensor:
+        """Turn tokens, or plain ids (B, N[, G]), into pictures in [0, 1], (B, 3, H, W).
+
+        Args:
+            tokens: Tokens of this model, or int64 ids.
+            text: Captions, for tokenizers whose decoder reads them.
+            size: (H, W) of the picture, for tokenizers that decode to several sizes.
+            generator: Source of noise, for generative decoders.
+            steps: Sampling steps, for generative decoders.
+            guidance: Guidance scale, for generative decoders.
+
+        Raises:
+            ValueError: Ids outside the vocabulary, the wrong number of tokens, or an option it does not have.
+        """
+        given = {"text": text, "size": size, "generator": generator, "steps": steps, "guidance": guidance}
+        self._refuse(**given)
+        codes = self.tokens_to_codes(tokens)
+        kept = {k: v for k, v in given.items() if v is not None}
+        return self.decode_codes(codes, **kept).float().clamp(0, 1)
+
+    def forward(self, images: Tensor, *, generator: torch.Generator | None = None) -> TokenizerOutput:
+        """Encode, quantise and decode for training; the reconstruction is not clamped.
+
+        Args:
+            images: Float in [0, 1], (B, 3, H, W).
+            generator: Source of every random draw.
+        """
+        quantized = self.quantizer(self.encode_features(images), grid=self.grid, generator=generator)
+        tokens = self._to_tokens(quantized.ids, quantized.codes, images)
+        return TokenizerOutput(images=self.decode_codes(quantized.codes), tokens=tokens, quantized=quantized)
+
+    # -- parts ---------------------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.parameters()).device
+
+    @property
+    def model_id(self) -> str:
+        """8 hex digits that name the encoder-to-ids weights; computed once, stored in `config.json`."""
+        if self._model_id is None:
+            inside = {k: v for k, v in self.state_dict().items() if k.split(".")[0] not in self.decoder_parts}
+            self._model_id = hub.model_id(inside)
+        return self._model_id
+
+    @model_id.setter
+    def model_id(self, value: str) -> None:
+        self._model_id = value
+
+    def extra_config(self) -> dict[str, Any]:
+        """Preprocessing and model id, stored in `config.json`."""
+        return {"preprocess": dataclasses.asdict(self.preprocess), "model_id": self.model_id}
+
+    def train(self, mode: bool = True) -> Tokenizer:
+        """Switch to training; forgets the model id, since weights are about to change."""
+        if mode:
+            self._model_id = None
+        return super().train(mode)
+
+    def tokens_to_codes(self, tokens: Tokens | Tensor) -> Tensor:
+        """Checked tokens or ids -> codes (B, N, D)."""
+        if isinstance(tokens, Tensor):
+            self._check_ids(tokens)
+            tokens = Tokens(ids=tokens.to(torch.int64), vocab=self.quantizer.vocab_sizes, grid=self.grid)
+        elif tokens.ids is not None:
+            self._check_ids(tokens.ids)
+        self._check_length(tokens)
+        tokens = tokens.to(self.device)
+        if tokens.ids is None:
+            assert tokens.codes is not None
+            return tokens.codes
+        return self.quantizer.ids_to_codes(tokens.ids, grid=self.grid)
+
+    def _encode(self, batch: Tensor, *, sample: bool) -> Tokens:
+        quantized = self.quantizer(self.encode_features(batch), grid=self.grid)
+        return self._to_tokens(quantized.ids, quantized.codes, batch)
+
+    def _to_tokens(self, ids: Tensor | None, codes: Tensor, images: Tensor) -> Tokens:
+        size = (images.shape[-2], images.shape[-1])
+        return Tokens(ids=ids, codes=codes, grid=self.grid, vocab=self.quantizer.vocab_sizes, size=size)
+
+    def _prefix(self, tokens: Tokens, k: int) -> Tokens:
+        if not 1 <= k <= self.num_tokens:
+            raise ValueError(f"num_tokens is 1..{self.num_tokens} for this tokenizer, got {k}.")
+        if k < self.num_tokens and not self.nested:
+            raise ValueError(
+                f"{self.registry_name} always makes {self.num_tokens} tokens: it was not trained to decode fewer. "
+                "Nested tokenizers can; see `vistok list tokenizer`."
+            )
+        return tokens[:, :k]
+
+    def _check_ids(self, ids: Tensor) -> None:
+        vocab = self.quantizer.vocab_sizes
+        if not vocab:
+            raise ValueError(f"{self.registry_name} has continuous latents and no ids: decode Tokens with codes.")
+        if ids.is_floating_point() or ids.dtype == torch.bool:
+            raise ValueError(f"Ids are integers, got {ids.dtype}. Continuous latents are decoded as Tokens(ids=None, codes=...).")
+        if ids.ndim != (2 if len(vocab) == 1 else 3) or (ids.ndim == 3 and ids.shape[-1] != len(vocab)):
+            want = "(B, N)" if len(vocab) == 1 else f"(B, N, {len(vocab)})"
+            raise ValueError(f"Ids of {self.registry_name} are {want}, got {tuple(ids.shape)}.")
+        top = torch.tensor(vocab, device=ids.device) - 1 if ids.ndim == 3 else vocab[0] - 1
+        if ids.numel() and bool(((ids < 0) | (ids > top)).any()):
+            raise ValueError(f"Ids of {self.registry_name} are 0..{max(vocab) - 1}, got {int(ids.min())}..{int(ids.max())}.")
+
+    def _check_length(self, tokens: Tokens) -> None:
+        n = tokens.num_tokens
+        if not len(tokens):
+            raise ValueError("The batch is empty.")
+        short = n < self.num_tokens or bool((tokens.lengths < n).any())
+        if n > self.num_tokens or n < 1 or (short and not self.nested):
+            allowed = f"1..{self.num_tokens}" if self.nested else f"exactly {self.num_tokens}"
+            raise ValueError(f"{self.registry_name} decodes {allowed} tokens per picture and got {n} (lengths {tokens.lengths.tolist()[:4]}).")
+
+    def _refuse(self, **given: Any) -> None:
+        for name, value in given.items():
+            if value is not None and name not in self.options:
+                has = ", ".join(sorted(self.options)) or "no options"
+                raise ValueError(f"{self.registry_name} has no option {name!r}; it has {has}.")

@@ -1,0 +1,251 @@
+"""`Tokens`, what every tokenizer returns; exact packing of ids; the `.vtok` container."""
+
+from __future__ import annotations
+
+import binascii
+import dataclasses
+import math
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MAGIC = b"VT"
+VERSION = 1
+FLAG_TEXT = 1
+HEADER = struct.Struct(">2sBB4sHHHH")  # magic, version, flags, model id, H, W, K, CRC-16 of everything else
+
+
+class ContainerError(ValueError):
+    """A `.vtok` file that is damaged, or that another model wrote."""
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """Tokens of a batch of pictures.
+
+    Attributes:
+        ids: Token ids, int64, (B, N) or (B, N, G) for grouped ids; None for continuous latents. Never negative:
+            positions beyond a row's length hold 0.
+        codes: Quantised vectors or continuous latents, (B, N, D); None if not kept.
+        grid: (h, w) or (t, h, w) with product N for tokens that lie on a grid, None for 1D tokens.
+        lengths: Valid tokens of each row, int64, (B,).
+        vocab: Number of ids of each group, one entry per group; () for continuous latents.
+        size: (H, W) of the picture before padding, None if unknown.
+        text: One caption per row where decoding needs it.
+    """
+
+    ids: Tensor | None
+    codes: Tensor | None = None
+    grid: tuple[int, ...] | None = None
+    lengths: Tensor = None  # type: ignore[assignment]  # filled below: the full length by default
+    vocab: tuple[int, ...] = ()
+    size: tuple[int, int] | None = None
+    text: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.ids is None and self.codes is None:
+            raise ValueError("Tokens need ids or codes.")
+        if self.ids is not None and self.ids.dtype != torch.int64:
+            raise TypeError(f"Token ids are int64 and got {self.ids.dtype}. Convert with ids.long().")
+        if self.ids is not None and self.ids.ndim not in (2, 3):
+            raise ValueError(f"Token ids are (B, N) or (B, N, G) and got {tuple(self.ids.shape)}; keep the grid in `grid`.")
+        if self.grid is not None and math.prod(self.grid) != self.num_tokens:
+            raise ValueError(f"A grid of {self.grid} holds {math.prod(self.grid)} tokens, not {self.num_tokens}.")
+        if self.lengths is None:
+            full = torch.full((len(self),), self.num_tokens, dtype=torch.int64, device=self._any.device)
+            object.__setattr__(self, "lengths", full)
+
+    @property
+    def _any(self) -> Tensor:
+        found = self.codes if self.ids is None else self.ids
+        assert found is not None
+        return found
+
+    @property
+    def num_tokens(self) -> int:
+        """Positions per row, N (padding included)."""
+        return self._any.shape[1]
+
+    @property
+    def bits(self) -> float:
+        """Bits per token; 0 for continuous latents."""
+        return float(sum(math.log2(v) for v in self.vocab))
+
+    @property
+    def mask(self) -> Tensor:
+        """True at valid positions, (B, N)."""
+        return torch.arange(self.num_tokens, device=self.lengths.device) < self.lengths.unsqueeze(1)
+
+    def __len__(self) -> int:
+        return self._any.shape[0]
+
+    def __getitem__(self, index: Any) -> Tokens:
+        """`tokens[i]` or `tokens[i:j]` picks rows; `tokens[:, :k]` keeps the first k tokens of every row (1D tokens only)."""
+        rows, columns = index if isinstance(index, tuple) else (index, slice(None))
+        if isinstance(rows, int):
+            rows = slice(rows, rows + 1 or None)
+        n = self.num_tokens
+        start, stop, step = columns.indices(n) if isinstance(columns, slice) else (1, 0, 1)
+        if start != 0 or step != 1:
+            raise IndexError("The second index of tokens is a prefix such as tokens[:, :32]; other positions cannot be picked.")
+        if stop < n and self.grid is not None:
+            raise IndexError(f"These tokens lie on a {self.grid} grid: a prefix of them is not a shorter code.")
+        picked: dict[str, Any] = {"lengths": self.lengths[rows].clamp_max(stop)}
+        for name in ("ids", "codes"):
+            value = getattr(self, name)
+            picked[name] = None if value is None else value[rows][:, :stop]
+        if self.text is not None:
+            picked["text"] = tuple(self.text[rows]) if isinstance(rows, slice) else tuple(self.text[int(i)] for i in rows)
+        return dataclasses.replace(self, **picked)
+
+    def to(self, device: torch.device | str) -> Tokens:
+        """The same tokens on another device."""
+        moved = {n: v.to(device) for n in ("ids", "codes", "lengths") if (v := getattr(self, n)) is not None}
+        return dataclasses.replace(self, **moved)
+
+    def __repr__(self) -> str:
+        lengths = sorted(set(self.lengths.tolist()))
+        span = f"{lengths[0]}" if len(lengths) == 1 else f"{lengths[0]}..{lengths[-1]}"
+        kind = f"{self.bits:g} bits each" if self.vocab else f"continuous, {self._any.shape[-1]} channels"
+        grid = f", grid {'x'.join(map(str, self.grid))}" if self.grid else ""
+        return f"Tokens({len(self)} x {span} tokens, {kind}{grid})"
+
+
+def packed_bytes(n: int, vocab: Sequence[int]) -> int:
+    """Bytes that n tokens take when packed: ceil(n * log2(product of vocab) / 8), exact."""
+    return (math.prod(vocab) ** n - 1).bit_length() + 7 >> 3 if n else 0
+
+
+def pack(ids: Tensor, vocab: Sequence[int]) -> bytes:
+    """Pack the ids of one picture at their exact width.
+
+    The ids, group by group within token after token, are the digits of one mixed-radix number, the first digit least
+    significant, written little-endian. For vocabularies that are powers of two this is plain bit packing.
+
+    Args:
+        ids: int64, (N,) or (N, G).
+        vocab: Number of ids of each group, G entries.
+
+    Returns:
+        `packed_bytes(N, vocab)` bytes.
+
+    Raises:
+        ValueError: An id outside its vocabulary.
+    """
+    rows = ids.reshape(ids.shape[0], -1)
+    if rows.shape[1] != len(vocab):
+        raise ValueError(f"These ids have {rows.shape[1]} groups, the vocabulary {len(vocab)}: {tuple(vocab)}.")
+    top = torch.tensor([v - 1 for v in vocab], dtype=torch.int64)
+    if rows.numel() and bool(((rows < 0) | (rows.cpu() > top)).any()):
+        raise ValueError(f"An id lies outside 0..{max(vocab) - 1} (seen {int(rows.min())}..{int(rows.max())}).")
+    digits = [(int(i), int(v)) for row in rows.tolist() for i, v in zip(row, vocab)]
+    value, _ = _join_digits(digits)
+    return value.to_bytes(packed_bytes(rows.shape[0], vocab), "little")
+
+
+def unpack(data: bytes, n: int, vocab: Sequence[int]) -> Tensor:
+    """Inverse of `pack`: int64 ids, (n,) for one group, (n, G) for several.
+
+    Raises:
+        ValueError: Wrong number of bytes, or bytes that no ids give.
+    """
+    if len(data) != packed_bytes(n, vocab):
+        raise ValueError(f"{n} tokens of this vocabulary take {packed_bytes(n, vocab)} bytes, got {len(data)}.")
+    value = int.from_bytes(data, "little")
+    if value >= math.prod(vocab) ** n:
+        raise ValueError("The bytes hold no valid ids of this vocabulary.")
+    ids = torch.tensor(_split_digits(value, list(vocab) * n), dtype=torch.int64)
+    return ids if len(vocab) == 1 else ids.view(n, len(vocab))
+
+
+def _join_digits(digits: list[tuple[int, int]]) -> tuple[int, int]:
+    """(value, radix product) of (digit, radix) pairs, the first least significant; halves keep big products few."""
+    if len(digits) <= 1:
+        return digits[0] if digits else (0, 1)
+    low, low_radix = _join_digits(digits[: len(digits) // 2])
+    high, high_radix = _join_digits(digits[len(digits) // 2 :])
+    return low + high * low_radix, low_radix * high_radix
+
+
+def _split_digits(value: int, radices: list[int]) -> list[int]:
+    if len(radices) <= 1:
+        return [value][: len(radices)]
+    half = len(radices) // 2
+    high, low = divmod(value, math.prod(radices[:half]))
+    return _split_digits(low, radices[:half]) + _split_digits(high, radices[half:])
+
+
+def to_bytes(tokens: Tokens, model_id: str) -> bytes:
+    """One picture's tokens as a `.vtok` container.
+
+    16 bytes of header, big-endian: `VT`, version, flags (bit 0: a caption follows), 4 bytes of model id, height, width
+    and number of tokens K as u16, CRC-16 (CCITT, start 0) over everything else. Then, if flagged, a u16 length and the
+    caption in UTF-8; then the packed ids.
+
+    Args:
+        tokens: A batch of one picture with ids.
+        model_id: 8 hex digits that name the encoder's weights.
+
+    Raises:
+        ValueError: More than one picture, no ids, or a number above 65,535.
+    """
+    if len(tokens) != 1 or tokens.ids is None:
+        raise ValueError(f"A container holds one picture's ids, got {tokens!r}. Save tokens[i] one by one.")
+    k = int(tokens.lengths[0])
+    height, width = tokens.size or (0, 0)
+    if max(height, width, k) > 0xFFFF:
+        raise ValueError(f"A container holds sizes and counts up to 65535, got {height}x{width} with {k} tokens.")
+    body = pack(tokens.ids[0, :k].cpu(), tokens.vocab)
+    flags = 0
+    if tokens.text is not None:
+        caption = tokens.text[0].encode()
+        if len(caption) > 0xFFFF:
+            raise ValueError(f"A caption takes at most 65535 bytes, got {len(caption)}.")
+        body = struct.pack(">H", len(caption)) + caption + body
+        flags |= FLAG_TEXT
+    head = HEADER.pack(MAGIC, VERSION, flags, bytes.fromhex(model_id), height, width, k, 0)[:-2]
+    return head + struct.pack(">H", binascii.crc_hqx(head + body, 0)) + body
+
+
+def from_bytes(data: bytes, *, vocab: Sequence[int], model_id: str, grid: tuple[int, ...] | None = None) -> Tokens:
+    """Read a `.vtok` container written by `to_bytes`.
+
+    Args:
+        data: The whole file.
+        vocab: Vocabulary of the model that is to decode it.
+        model_id: 8 hex digits of that model.
+        grid: Grid of the tokens, if the model has one.
+
+    Raises:
+        ContainerError: Not a container, damaged, of a newer version, or written by another model.
+    """
+    if len(data) < HEADER.size or data[:2] != MAGIC:
+        raise ContainerError("This is not a .vtok file (it does not start with a vistok header).")
+    _, version, flags, found_id, height, width, k, crc = HEADER.unpack_from(data)
+    head, body = data[: HEADER.size - 2], data[HEADER.size :]
+    if version != VERSION or flags & ~FLAG_TEXT:
+        raise ContainerError(f"This .vtok file is of version {version}, flags {flags}; this vistok reads version {VERSION}.")
+    if binascii.crc_hqx(head + body, 0) != crc:
+        raise ContainerError("This .vtok file is damaged: its checksum does not fit (flipped bits or a truncated file).")
+    if found_id.hex() != model_id:
+        raise ContainerError(f"Model {found_id.hex()} wrote this .vtok file; the one given is {model_id}. Give the same weights.")
+    text = None
+    if flags & FLAG_TEXT:
+        length = int.from_bytes(body[:2], "big")
+        text = (body[2 : 2 + length].decode(errors="replace"),)
+        body = body[2 + length :]
+    try:
+        ids = unpack(body, k, vocab).unsqueeze(0)
+    except ValueError as err:
+        raise ContainerError(f"This .vtok file is damaged: {err}") from err
+    return Tokens(ids=ids, vocab=tuple(vocab), grid=grid, size=(height, width) if height else None, text=text)
+
+
+def save(tokens: Tokens, path: str | Path, model_id: str) -> int:
+    """Write one picture's tokens as `path`; returns the number of bytes. See `to_bytes`."""
+    return Path(path).write_bytes(to_bytes(tokens, model_id))
