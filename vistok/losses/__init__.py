@@ -1,0 +1,20 @@
+"""Losses: what a reconstruction is held against.
+
+The protocol. A loss of registry kind `loss` is a module called as `loss(reconstruction, target)` with two batches of
+pictures in [0, 1], (B, 3, H, W), and returns one value per picture, (B,), float32, smaller is better, not weighted
+and not averaged: the step object averages, weights and masks. The reconstruction may leave [0, 1] (a decoder's output
+is not clamped in training). Gradients reach the reconstruction, and the target only if it asks for them.
+
+Networks inside a loss are frozen (`FrozenLoss`): always in eval mode, no parameters, empty state dict. So a loss can
+be an attribute of a step or of a model without entering its optimiser, EMA, checkpoint or gradient reduction, and it
+still follows `.to(device)`.
+
+Adversarial losses (`vistok.losses.adversarial`) need a discriminator that is trained, so they are plain functions and
+modules that a step puts together.
+"""
+
+from __future__ import annotations
+
+from vistok.losses.base import FrozenLoss, check_pair
+
+__all__ = ["FrozenLoss", "check_pair"]
