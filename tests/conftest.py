@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,19 @@ def golden() -> Callable[[str], Golden]:
 def photos() -> list[Path]:
     """The bundled photographs, sorted."""
     return sorted(PHOTOS.glob("*.jpg"))
+
+
+@pytest.fixture
+def scratch_registry() -> Iterator[None]:
+    """Lets a test register what it likes: every table is put back afterwards."""
+    from vistok.registry import KINDS, registry
+
+    for kind in KINDS:
+        registry(kind).fill()
+    before = {k: (dict(registry(k).builders), dict(registry(k).presets)) for k in KINDS}
+    yield
+    for kind, (builders, presets) in before.items():
+        registry(kind).builders, registry(kind).presets = builders, presets
 
 
 @pytest.fixture(autouse=True)

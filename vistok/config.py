@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 from vistok.registry import nearest, registry
 
 Spec = Mapping[str, Any]
-T = TypeVar("T")
+MISSING = "???"  # OmegaConf's mark for a value that the reader of a recipe has to fill in
 
 
 class ConfigError(ValueError):
@@ -105,9 +105,8 @@ def check_call(builder: Callable[..., Any], values: Mapping[str, Any], *, path: 
             raise ConfigError(f"{_join(path, key)}: {what} has no such key. {nearest(key, parameters)}")
     checked = {}
     for key, (annotation, required) in parameters.items():
-        given = values.get(key, "???")
-        if key in values and given != "???":
-            checked[key] = check_value(given, annotation, _join(path, key))
+        if key in values:
+            checked[key] = check_value(values[key], annotation, _join(path, key))
         elif required:
             raise ConfigError(f"{_join(path, key)}: {what} needs this key ({describe(annotation)}); it has no default.")
     return checked
@@ -117,9 +116,11 @@ def check_value(value: Any, annotation: Any, path: str) -> Any:
     """Check one value against an annotation; see `check_call`.
 
     Raises:
-        ConfigError: The value is not of that type.
+        ConfigError: The value is not of that type, or still `???`.
     """
     origin, args = get_origin(annotation), get_args(annotation)
+    if isinstance(value, str) and value == MISSING:
+        raise ConfigError(f"{path}: this value is left open ({MISSING}); give {describe(annotation)}.")
     if annotation is Any or isinstance(annotation, TypeVar):
         return value
     if origin is Annotated:
@@ -131,13 +132,14 @@ def check_value(value: Any, annotation: Any, path: str) -> Any:
     if origin in (Union, types.UnionType):
         return _check_union(value, args, annotation, path)
     if origin is Literal:
-        if value in args:
+        if any(type(value) is type(a) and value == a for a in args):  # True is not 1
             return value
-        hint = nearest(value, args) if isinstance(value, str) else ""
-        raise ConfigError(f"{path}: expected {describe(annotation)}, got {value!r}. {hint}".rstrip())
+        raise ConfigError(
+            f"{path}: expected {describe(annotation)}, got {value!r}. {nearest(value, args, listing=False)}".rstrip()
+        )
     if dataclasses.is_dataclass(annotation):
         return _check_dataclass(value, annotation, path)
-    if origin in (list, tuple, Sequence) or annotation in (list, tuple):
+    if origin in (list, tuple, Sequence) or annotation in (list, tuple, Sequence):
         return _check_sequence(value, origin or annotation, args, annotation, path)
     if origin in (dict, Mapping) or annotation in (dict, Mapping):
         if not isinstance(value, Mapping):
@@ -157,6 +159,8 @@ def describe(annotation: Any) -> str:
         return " or ".join("null" if a is type(None) else describe(a) for a in args)
     if origin is Literal:
         return "one of " + ", ".join(str(a) for a in args)
+    if origin is tuple and args and args[-1] is not Ellipsis:
+        return f"a list of {len(args)} values ({', '.join(describe(a) for a in args)})"
     if origin in (list, tuple, Sequence):
         return f"a list of {describe(args[0])}" if args else "a list"
     if origin in (dict, Mapping):
@@ -169,7 +173,11 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
         old = merged.get(key)
-        same = isinstance(old, Mapping) and isinstance(value, Mapping) and value.get("name", old.get("name")) == old.get("name")
+        same = (
+            isinstance(old, Mapping)
+            and isinstance(value, Mapping)
+            and value.get("name", old.get("name")) == old.get("name")
+        )
         merged[key] = merge(old, value) if same else value  # type: ignore[arg-type]
     return merged
 
@@ -188,6 +196,9 @@ def plain(value: Any) -> Any:
 def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Read a YAML file and apply `key.sub=value` overrides (interpolations are resolved).
 
+    An override sets exactly its key: `model.quantizer={name: fsq, levels: [8, 8]}` replaces the whole quantizer,
+    `model.quantizer.dim=8` one value of it.
+
     Raises:
         ConfigError: No such file, not YAML, or an override that is not `key=value`.
     """
@@ -199,18 +210,42 @@ def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
     if not path.is_file():
         near = nearest(path.name, (p.name for p in path.parent.glob("*.yaml"))) if path.parent.is_dir() else ""
         raise ConfigError(f"There is no recipe {str(path)!r}. {near}".rstrip())
-    for override in overrides:
-        if "=" not in override or override.startswith(("-", "=")):
-            raise ConfigError(f"{override!r} is not an override. Write key.sub=value, e.g. train.steps=100.")
     try:
         config = OmegaConf.load(path)
-        if not isinstance(config, DictConfig):
-            raise ConfigError(f"{path}: expected a mapping of sections at the top, got a list or nothing.")
-        merged = OmegaConf.merge(config, OmegaConf.from_dotlist(list(overrides)))
-        found = OmegaConf.to_container(merged, resolve=True)
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as err:
-        raise ConfigError(f"{path} could not be read as YAML: {str(err).splitlines()[0]}") from err
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as err:
+        raise ConfigError(f"{path} is not a YAML file: {_one_line(err)}") from err
+    if not isinstance(config, DictConfig):
+        raise ConfigError(f"{path}: expected a mapping of sections at the top.")
+    for override in overrides:
+        _apply_override(config, override)
+    try:
+        found = OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as err:
+        raise ConfigError(f"{path}: {_one_line(err)}") from err
     return typing.cast(dict[str, Any], found)
+
+
+def _apply_override(config: Any, override: str) -> None:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    key, equals, text = override.partition("=")
+    if not equals or not key or key.startswith("-"):
+        raise ConfigError(f"{override!r} is not an override. Write key.sub=value, e.g. train.steps=100.")
+    try:
+        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
+        OmegaConf.update(config, key, value["value"], merge=False)  # type: ignore[index,call-overload]
+    except (YAMLError, OmegaConfBaseException, ValueError, TypeError) as err:
+        raise ConfigError(f"{override!r} cannot be applied: {_one_line(err)}") from err
+
+
+def _one_line(err: Exception) -> str:
+    """The gist of a parser's error: the problem and where, without its drawing of the place."""
+    mark = getattr(err, "problem_mark", None)
+    if mark is not None:
+        return f"{err.problem} (line {mark.line + 1}, column {mark.column + 1})."  # type: ignore[attr-defined]
+    return str(err).strip().split("\n", 1)[0]
 
 
 def write_yaml(value: Any, path: str | Path) -> None:
@@ -220,13 +255,13 @@ def write_yaml(value: Any, path: str | Path) -> None:
     OmegaConf.save(OmegaConf.create(plain(value)), path)
 
 
-def _join(path: str, key: str) -> str:
-    return f"{path}.{key}" if path else key
+def _join(path: str, key: object) -> str:
+    return f"{path}.{key}" if path else str(key)
 
 
 def _schema(builder: Callable[..., Any]) -> dict[str, tuple[Any, bool]]:
     """Parameter name -> (annotation, required) of a callable."""
-    target = builder.__init__ if inspect.isclass(builder) else builder  # type: ignore[misc]
+    target = builder.__init__ if inspect.isclass(builder) else builder
     hints = typing.get_type_hints(inspect.unwrap(target), include_extras=True)
     schema = {}
     for p in inspect.signature(builder).parameters.values():
@@ -242,12 +277,13 @@ def _check_union(value: Any, args: tuple[Any, ...], annotation: Any, path: str) 
     rest = [a for a in args if a is not type(None)]
     if len(rest) == 1:
         return check_value(value, rest[0], path)
+    inside = None
     for arg in sorted(rest, key=lambda a: a is not type(value)):  # the exact type first: 3 stays an int in int | float
         try:
             return check_value(value, arg, path)
-        except ConfigError:
-            continue
-    raise ConfigError(f"{path}: expected {describe(annotation)}, got {value!r}.")
+        except ConfigError as err:  # an error further inside says more than "expected this or that"
+            inside = inside or (None if str(err).startswith(f"{path}: ") else err)
+    raise inside or ConfigError(f"{path}: expected {describe(annotation)}, got {value!r}.")
 
 
 def _check_dataclass(value: Any, annotation: Any, path: str) -> Any:
@@ -255,7 +291,7 @@ def _check_dataclass(value: Any, annotation: Any, path: str) -> Any:
         return value
     if not isinstance(value, Mapping):
         raise ConfigError(f"{path}: expected a mapping with {', '.join(_schema(annotation))}, got {value!r}.")
-    return annotation(**check_call(annotation, value, path=path, what=path or annotation.__name__))
+    return annotation(**check_call(annotation, value, path=path, what=f"'{path or annotation.__name__}'"))
 
 
 def _check_sequence(value: Any, origin: Any, args: tuple[Any, ...], annotation: Any, path: str) -> Any:

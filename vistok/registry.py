@@ -7,12 +7,14 @@ the first look-up of a kind imports every module of its folder and every install
 
 from __future__ import annotations
 
+import copy
 import difflib
 import fnmatch
 import importlib
 import importlib.metadata
 import importlib.util
 import pkgutil
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -106,14 +108,22 @@ class Info:
     weights: Weights | None
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """One sentence that helps after a miss: the closest known names, or all of them."""
-    known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+def nearest(name: object, known: Iterable[object], *, listing: bool = True) -> str:
+    """One sentence that helps after a miss.
+
+    Args:
+        name: What was asked for.
+        known: What there is.
+        listing: List what there is if nothing comes close (else the sentence is then empty).
+    """
+    known = sorted({str(k) for k in known})
+    near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
     if near:
         return f"Did you mean {' or '.join(repr(n) for n in near)}?"
+    if not listing:
+        return ""
     if not known:
-        return "Nothing is registered here yet."
+        return "There are none."
     shown = ", ".join(known[:12]) + (f", ... ({len(known)} in all)" if len(known) > 12 else "")
     return f"Known: {shown}."
 
@@ -128,6 +138,7 @@ class Registry:
         self.presets: dict[str, Preset] = {}
         self.broken: dict[str, str] = {}
         self._filled = False
+        self._lock = threading.RLock()
 
     def add_builder(self, name: str, builder: Builder) -> None:
         """Enter a builder; a taken name is an error that names its owner."""
@@ -146,23 +157,38 @@ class Registry:
             owner = f"a preset of {self.presets[name].builder!r}"
         else:
             return
-        raise ValueError(f"{self.kind} {name!r} (from {newcomer}) is already registered by {owner}. Choose another name.")
+        raise ValueError(
+            f"{self.kind} {name!r} (from {newcomer}) is already registered by {owner}. Choose another name."
+        )
 
     def fill(self) -> None:
         """Import the kind's folder and the third-party plug-ins, once; report what fails to import by name."""
-        if self._filled:
-            return
-        self._filled = True
-        for module in _modules_below(self.folder):
-            self._import(module)
-        _load_entry_points()
+        with self._lock:  # a second thread waits for full tables; the same thread may look up while it imports
+            if self._filled:
+                return
+            self._filled = True
+            self._import_below(self.folder)
+            _load_entry_points()
 
-    def _import(self, module: str) -> None:
+    def _import_below(self, package: str) -> None:
+        """Import every module of a package and of the packages inside it, in alphabetical order."""
+        if not _exists(package) or not self._import(package):
+            return
+        for found in sorted(pkgutil.iter_modules(importlib.import_module(package).__path__), key=lambda m: m.name):
+            name = f"{package}.{found.name}"
+            if found.ispkg:
+                self._import_below(name)
+            else:
+                self._import(name)
+
+    def _import(self, module: str) -> bool:
         try:
             importlib.import_module(module)
         except Exception as err:  # one broken module must not take the others down: it is reported by name
             self.broken[module] = f"{type(err).__name__}: {err}"
             warnings.warn(f"vistok could not import {module}, so what it registers is missing: {err}", stacklevel=4)
+            return False
+        return True
 
     def resolve(self, name: str) -> tuple[str, Builder, Preset | None]:
         """Builder name, builder and preset (None for a plain builder) behind a name.
@@ -173,10 +199,13 @@ class Registry:
         self.fill()
         preset = self.presets.get(name)
         builder = preset.builder if preset else name
-        if builder not in self.builders:
-            lost = f" Not importable: {'; '.join(f'{m} ({e})' for m, e in self.broken.items())}." if self.broken else ""
-            raise KeyError(f"No {self.kind} named {name!r}. {nearest(name, self.names())}{lost}")
-        return builder, self.builders[builder], preset
+        if builder in self.builders:
+            return builder, self.builders[builder], preset
+        broken = self.broken | broken_plugins
+        lost = f" Not importable: {'; '.join(f'{m} ({e})' for m, e in broken.items())}." if broken else ""
+        if preset:
+            raise KeyError(f"The {self.kind} preset {name!r} needs the builder {builder!r}, which is missing.{lost}")
+        raise KeyError(f"No {self.kind} named {name!r}. {nearest(name, self.names())}{lost}")
 
     def names(self, pattern: str = "*", *, pretrained: bool = False) -> list[str]:
         """Sorted names that match a shell pattern; with `pretrained` only presets that have weights."""
@@ -188,14 +217,16 @@ class Registry:
 
 
 _REGISTRIES: dict[str, Registry] = {kind: Registry(kind, folder) for kind, folder in FOLDERS.items()}
+broken_plugins: dict[str, str] = {}
+"""Third-party plug-ins that could not be loaded: entry-point name -> error."""
 _entry_points_loaded = False
 
 
-def _modules_below(folder: str) -> list[str]:
-    if importlib.util.find_spec(folder) is None:
-        return []
-    package = importlib.import_module(folder)
-    return [m.name for m in pkgutil.walk_packages(package.__path__, folder + ".")]
+def _exists(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # its parent is not there either
+        return False
 
 
 def _load_entry_points() -> None:
@@ -207,6 +238,7 @@ def _load_entry_points() -> None:
         try:
             point.load()
         except Exception as err:  # somebody else's package: reported by name, the rest goes on
+            broken_plugins[f"plug-in {point.name}"] = f"{type(err).__name__}: {err}"
             warnings.warn(f"The vistok plug-in {point.name!r} ({point.value}) could not be loaded: {err}", stacklevel=2)
 
 
@@ -255,17 +287,21 @@ def list_names(kind: str | None = None, pattern: str = "*", *, pretrained: bool 
 def info(name: str, kind: str | None = None) -> Info:
     """What is registered under a name: builder, config, weights, licences, published figures.
 
+    Args:
+        name: Builder or preset.
+        kind: Where to look; needed only if several kinds use the name.
+
     Raises:
         KeyError: Unknown name, or a name used by several kinds when `kind` is not given.
     """
     hits = [k for k in ([kind] if kind else KINDS) if name in registry(k).names()]
     if not hits:
-        known = list_names(kind)
-        raise KeyError(f"Nothing named {name!r} is registered. {nearest(name, known)}")
+        what = f"No {kind}" if kind else "Nothing"
+        raise KeyError(f"{what} named {name!r} is registered. {nearest(name, list_names(kind))}")
     if len(hits) > 1:
         raise KeyError(f"{name!r} is registered as {' and '.join(hits)}: say which, e.g. kind={hits[0]!r}.")
     builder_name, builder, found = registry(hits[0]).resolve(name)
     summary = (builder.__doc__ or "").strip().split("\n", 1)[0]
-    config = dict(found.config) if found else {}
+    config = copy.deepcopy(dict(found.config)) if found else {}
     weights = found.weights if found else None
     return Info(kind=hits[0], name=name, builder=builder_name, summary=summary, config=config, weights=weights)
