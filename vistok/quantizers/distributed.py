@@ -1,0 +1,64 @@
+"""The few collectives quantizers need; each is the identity where no process group is initialised.
+
+Whether several processes run is asked at call time, never remembered: a quantizer may be built before
+`torch.distributed.init_process_group`. Every message has a size that does not depend on the data of a process, so
+processes with unequal (even empty) batches stay in step.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world_size() -> int:
+    """Number of processes; 1 where torch.distributed is not initialised."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Index of this process; 0 where torch.distributed is not initialised."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+@torch.no_grad()
+def all_sum(x: Tensor) -> Tensor:
+    """Sum of x over the processes, without gradient; x itself (detached) for one process."""
+    if world_size() == 1:
+        return x.detach()
+    total = x.detach().clone().contiguous()
+    dist.all_reduce(total)
+    return total
+
+
+@torch.no_grad()
+def all_stack(x: Tensor) -> Tensor:
+    """The tensors of all processes, equal in shape, stacked along a new first dimension: (P, ...)."""
+    if world_size() == 1:
+        return x.detach().unsqueeze(0)
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world_size())]
+    dist.all_gather(parts, x.detach().contiguous())
+    return torch.stack(parts)
+
+
+@torch.no_grad()
+def from_first(x: Tensor) -> Tensor:
+    """The tensor of process 0, on every process."""
+    if world_size() == 1:
+        return x
+    sent = x.detach().clone().contiguous()
+    dist.broadcast(sent, src=0)
+    return sent
+
+
+def sum_with_local_gradient(local: Tensor) -> Tensor:
+    """Sum over the processes, with the gradient that averaging gradients over processes (DDP) makes right.
+
+    The value is the global sum S. The gradient with respect to the local part is the number of processes P, because
+    DDP divides by P afterwards: S = sg(S) + P (local - sg(local)).
+    """
+    processes = world_size()
+    if processes == 1:
+        return local
+    return all_sum(local) + processes * (local - local.detach())
