@@ -175,6 +175,21 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def fetch_file(repo: str, filename: str) -> Path:
+    """One file of a hub repository, from the local cache if it is there.
+
+    Raises:
+        LoadError: It is in no cache and cannot be downloaded.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(repo, filename))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as err:
+        raise LoadError(f"{filename} of {repo!r} could not be fetched from the hub and is not in its cache: {err}") from err
+
+
 def locate(source: str | Path) -> Path:
     """The local folder behind a path or `hf-hub:org/name` (downloaded into the Hugging Face cache).
 

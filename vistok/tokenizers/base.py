@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -46,8 +47,7 @@ class Tokenizer(hub.Saveable, nn.Module):
         decoder_parts: Names of submodules and parameters that only decoding uses; the model id leaves them out.
         preprocess: How pictures become its input.
         quantizer: The quantizer.
-        num_tokens: Tokens per picture, K.
-        grid: (h, w) of the tokens, None for 1D tokens.
+        num_tokens: Tokens per picture of the preprocessed size, K.
     """
 
     nested: ClassVar[bool] = False
@@ -57,7 +57,6 @@ class Tokenizer(hub.Saveable, nn.Module):
     preprocess: Preprocess
     quantizer: Quantizer
     num_tokens: int
-    grid: tuple[int, ...] | None = None
     _model_id: str | None = None
 
     # -- what a subclass implements ------------------------------------------------------------------------------
@@ -66,9 +65,16 @@ class Tokenizer(hub.Saveable, nn.Module):
         """Pictures in [0, 1], (B, 3, H, W) -> features for the quantizer, float32, (B, N, quantizer.in_dim)."""
         raise NotImplementedError
 
-    def decode_codes(self, codes: Tensor) -> Tensor:
-        """Codes (B, N, quantizer.dim) -> pictures around [0, 1], unclamped, (B, 3, H, W)."""
+    def decode_codes(self, codes: Tensor, **options: Any) -> Tensor:
+        """Codes (B, N, quantizer.dim) -> pictures around [0, 1], unclamped, (B, 3, H, W).
+
+        `options` holds `grid` for tokens on a grid, and those of `decode` that the class lists in `options`.
+        """
         raise NotImplementedError
+
+    def grid_for(self, size: tuple[int, int]) -> tuple[int, int] | None:
+        """(h, w) of the tokens of a picture of `size` (H, W); None for 1D tokens."""
+        return None
 
     # -- what users call -----------------------------------------------------------------------------------------
 
@@ -122,8 +128,9 @@ class Tokenizer(hub.Saveable, nn.Module):
         """
         given = {"text": text, "size": size, "generator": generator, "steps": steps, "guidance": guidance}
         self._refuse(**given)
+        grid = tokens.grid if isinstance(tokens, Tokens) else self.grid
         codes = self.tokens_to_codes(tokens)
-        kept = {k: v for k, v in given.items() if v is not None}
+        kept = {k: v for k, v in given.items() if v is not None} | self._grid_option(grid)
         return self.decode_codes(codes, **kept).float().clamp(0, 1)
 
     def forward(self, images: Tensor, *, generator: torch.Generator | None = None) -> TokenizerOutput:
@@ -133,11 +140,24 @@ class Tokenizer(hub.Saveable, nn.Module):
             images: Float in [0, 1], (B, 3, H, W).
             generator: Source of every random draw.
         """
-        quantized = self.quantizer(self.encode_features(images), grid=self.grid, generator=generator)
-        tokens = self._to_tokens(quantized.ids, quantized.codes, images)
-        return TokenizerOutput(images=self.decode_codes(quantized.codes), tokens=tokens, quantized=quantized)
+        tokens, quantized = self.tokenize(images, generator=generator)
+        rebuilt = self.decode_codes(quantized.codes, **self._grid_option(tokens.grid))
+        return TokenizerOutput(images=rebuilt, tokens=tokens, quantized=quantized)
+
+    def tokenize(self, images: Tensor, *, generator: torch.Generator | None = None) -> tuple[Tokens, Quantized]:
+        """Encode and quantise a batch (B, 3, H, W) in [0, 1]; the tokens' codes carry the gradient."""
+        size = (images.shape[-2], images.shape[-1])
+        grid = self.grid_for(size)
+        quantized = self.quantizer(self.encode_features(images), grid=grid, generator=generator)
+        vocab = self.quantizer.vocab_sizes
+        return Tokens(ids=quantized.ids, codes=quantized.codes, grid=grid, vocab=vocab, size=size), quantized
 
     # -- parts ---------------------------------------------------------------------------------------------------
+
+    @property
+    def grid(self) -> tuple[int, int] | None:
+        """(h, w) of the tokens at the preprocessed size, None for 1D tokens."""
+        return self.grid_for(self.preprocess.size)
 
     @property
     def device(self) -> torch.device:
@@ -178,15 +198,14 @@ class Tokenizer(hub.Saveable, nn.Module):
         if tokens.ids is None:
             assert tokens.codes is not None
             return tokens.codes
-        return self.quantizer.ids_to_codes(tokens.ids, grid=self.grid)
+        return self.quantizer.ids_to_codes(tokens.ids, grid=tokens.grid)  # type: ignore[arg-type]
 
     def _encode(self, batch: Tensor, *, sample: bool) -> Tokens:
-        quantized = self.quantizer(self.encode_features(batch), grid=self.grid)
-        return self._to_tokens(quantized.ids, quantized.codes, batch)
+        return self.tokenize(batch)[0]
 
-    def _to_tokens(self, ids: Tensor | None, codes: Tensor, images: Tensor) -> Tokens:
-        size = (images.shape[-2], images.shape[-1])
-        return Tokens(ids=ids, codes=codes, grid=self.grid, vocab=self.quantizer.vocab_sizes, size=size)
+    @staticmethod
+    def _grid_option(grid: tuple[int, ...] | None) -> dict[str, Any]:
+        return {} if grid is None else {"grid": grid}
 
     def _prefix(self, tokens: Tokens, k: int) -> Tokens:
         if not 1 <= k <= self.num_tokens:
@@ -212,12 +231,12 @@ class Tokenizer(hub.Saveable, nn.Module):
             raise ValueError(f"Ids of {self.registry_name} are 0..{max(vocab) - 1}, got {int(ids.min())}..{int(ids.max())}.")
 
     def _check_length(self, tokens: Tokens) -> None:
-        n = tokens.num_tokens
+        n, full = tokens.num_tokens, self.num_tokens if tokens.grid is None else math.prod(tokens.grid)
         if not len(tokens):
             raise ValueError("The batch is empty.")
-        short = n < self.num_tokens or bool((tokens.lengths < n).any())
-        if n > self.num_tokens or n < 1 or (short and not self.nested):
-            allowed = f"1..{self.num_tokens}" if self.nested else f"exactly {self.num_tokens}"
+        short = n < full or bool((tokens.lengths < n).any())
+        if n > full or n < 1 or (short and not self.nested):
+            allowed = f"1..{full}" if self.nested else f"exactly {full}"
             raise ValueError(f"{self.registry_name} decodes {allowed} tokens per picture and got {n} (lengths {tokens.lengths.tolist()[:4]}).")
 
     def _refuse(self, **given: Any) -> None:

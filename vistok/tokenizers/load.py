@@ -1,0 +1,91 @@
+"""`vistok.load`: a published or own tokenizer from a preset's name, a folder or the hub."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vistok import hub
+from vistok.config import create
+from vistok.registry import list_names, nearest, registry
+from vistok.tokenizers.base import Tokenizer
+from vistok.tokenizers.official import FORMATS
+from vistok.unpickle import read_tensors
+
+
+def load(
+    source: str | Path,
+    *,
+    image_size: tuple[int, int] | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Tokenizer:
+    """Load a tokenizer with its weights, strictly, ready for inference.
+
+    Args:
+        source: A preset with weights (`vistok.list("tokenizer", pretrained=True)`), a folder, or `hf-hub:org/name`.
+            A single weight file of an official project works too. Folders in vistok's own format and in the official ones are recognised by their configuration and keys.
+        image_size: (H, W) to interpolate position tables to; the trained size if None.
+        device: Where to put it.
+        dtype: Precision of the weights; ids are computed in float32 from the quantizer's projection on.
+
+    Raises:
+        LoadError: Nothing there, an unknown format, or weights that do not fit; lists what does not.
+
+    Example:
+        >>> tok = vistok.load("titok_s128.in1k")             # or a folder, or hf-hub:org/name
+        >>> pictures = tok.decode(tok.encode("photo.jpg"))
+    """
+    tokenizer = _load(source)
+    if image_size is not None:
+        tokenizer = tokenizer.resized(image_size)
+    return tokenizer.to(device=device, dtype=dtype).eval()
+
+
+def _load(source: str | Path) -> Tokenizer:
+    config, tensors = _read(source)
+    if config.get("format") == hub.FORMAT:
+        found = hub.build_saved(config, tensors, str(source))
+    else:
+        found = _from_official(config, tensors, str(source))
+    if not isinstance(found, Tokenizer):
+        raise hub.LoadError(f"{source} holds a {type(found).__name__}, not a tokenizer.")
+    return found
+
+
+def _read(source: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Configuration (empty for a single weight file) and tensors of whatever `source` names."""
+    presets = registry("tokenizer")
+    if isinstance(source, str) and source in presets.names():
+        preset = presets.presets.get(source)
+        if preset is None or preset.weights is None:
+            create_it = f"vistok.create('tokenizer', {source!r})"
+            raise hub.LoadError(f"{source!r} has no published weights. Build it untrained with {create_it}.")
+        weights = preset.weights
+        if weights.filename == hub.WEIGHTS:
+            return hub.read_folder(hub.HUB_PREFIX + weights.hub)
+        return {}, read_tensors(hub.fetch_file(weights.hub, weights.filename))
+    if Path(source).is_file():
+        return {}, read_tensors(source)
+    if not str(source).startswith(hub.HUB_PREFIX) and not Path(source).is_dir():
+        hint = nearest(str(source), list_names("tokenizer", pretrained=True))
+        raise hub.LoadError(
+            f"{str(source)!r} is no preset with weights, no folder and no file. {hint} For the hub write hf-hub:org/name."
+        )
+    return hub.read_folder(source)
+
+
+def _from_official(config: Mapping[str, Any], tensors: Mapping[str, Tensor], source: str) -> Any:
+    registry("tokenizer").fill()
+    for layout in FORMATS:
+        if layout.recognises(config, tensors):
+            name, ours, renamed = layout.convert(config, tensors)
+            found = create("tokenizer", name, **ours)
+            hub.load_strictly(found, renamed, source)
+            return found
+    known = "; ".join(f.name for f in FORMATS)
+    raise hub.LoadError(f"{source} is in no format vistok knows. Known: vistok's own; {known}.")

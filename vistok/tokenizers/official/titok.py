@@ -1,0 +1,150 @@
+"""Official TiTok checkpoints (bytedance/1d-tokenizer, commit 942a96f): keys, configurations, presets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from vistok.hub import LoadError
+from vistok.registry import Weights, preset
+from vistok.tokenizers.official import FORMATS, Converted, Format, Rules, rename
+
+RULES: Rules = (
+    (r"^latent_tokens$", "encoder.latents"),
+    (r"\.class_embedding$", ".class_token"),
+    (r"^(encoder|decoder)\.positional_embedding$", r"\1.position"),
+    (r"\.latent_token_positional_embedding$", ".latent_position"),
+    (r"\.ln_pre\.", ".norm_pre."),
+    (r"\.ln_post\.", ".norm_post."),
+    (r"\.transformer\.(\d+)\.", r".transformer.blocks.\1."),
+    (r"\.ln_([12])\.", r".norm\1."),
+    (r"\.attn\.in_proj_", ".attn.qkv."),
+    (r"\.attn\.out_proj\.", ".attn.proj."),
+    (r"\.mlp\.c_fc\.", ".mlp.fc1."),
+    (r"\.mlp\.c_proj\.", ".mlp.fc2."),
+    (r"^encoder\.conv_out\.", "encoder.head."),
+    (r"^decoder\.decoder_embed\.", "decoder.embed."),
+    (r"^quantize\.", "quantizer."),
+    (r"^pixel_quantize\.embedding\.", "pixel_codebook."),
+)
+TWO_STAGE_HEAD: Rules = ((r"^decoder\.ffn\.0\.", "head.fc1."), (r"^decoder\.ffn\.2\.", "head.fc2."))
+PIXEL_HEAD: Rules = ((r"^decoder\.ffn\.0\.", "head.to_patch."), (r"^decoder\.conv_out\.", "head.smooth."))
+MASKGIT_RULES: Rules = ((r"^quantize\.", "quantizer."),)
+
+
+def _model(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    inner = config.get("config", config)
+    found = inner.get("model", {}).get("vq_model", {}) if isinstance(inner, Mapping) else {}
+    return found if isinstance(found, Mapping) else {}
+
+
+def recognises(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bool:
+    """A nested configuration with `model.vq_model` and a table of latent tokens."""
+    return "latent_tokens" in tensors and "num_latent_tokens" in _model(config)
+
+
+def convert(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Converted:
+    """Configuration and keys of an official TiTok checkpoint; sizes come from the tensors, not from size names.
+
+    Raises:
+        LoadError: A stage-1 checkpoint, which has no pixel decoder, or a text-aware one.
+    """
+    model = _model(config)
+    if "decoder.text_guidance_proj.weight" in tensors:
+        raise LoadError("This is a text-aware TiTok (TA-TiTok) checkpoint, which this version of vistok does not load.")
+    two_stage = "decoder.ffn.2.weight" in tensors
+    if two_stage and "pixel_decoder.conv_in.weight" not in tensors:
+        raise LoadError("This is a stage-1 TiTok checkpoint without a pixel decoder. Load a stage-2 one (it has pixel_decoder.*).")
+    patch = tensors["encoder.patch_embed.weight"].shape[-1]
+    inner = config.get("config", config)
+    size = inner.get("dataset", {}).get("preprocessing", {}).get("crop_size", 256)
+    ours: dict[str, Any] = {
+        "image_size": int(size),
+        "num_tokens": tensors["latent_tokens"].shape[0],
+        "encoder": _size(tensors, "encoder"),
+        "decoder": _size(tensors, "decoder"),
+        "quantizer": _quantizer(model, tensors),
+    }
+    drop = {"quantize.embed_prob"} if not model.get("clustering_vq", False) else set()
+    kept = {k: v for k, v in tensors.items() if k not in drop}
+    kept |= {k: v.flatten(1) for k, v in kept.items() if k in ("encoder.conv_out.weight",) or k.startswith("decoder.ffn.") and v.ndim == 4}
+    kept |= {k: v[0] for k, v in kept.items() if k == "decoder.mask_token"}
+    if two_stage:
+        ours["legacy_layout"] = bool(model.get("is_legacy", True))
+        ours["pixel_channels"] = tensors["pixel_decoder.conv_out.weight"].shape[1]
+        return "titok_two_stage", ours, rename(kept, (*RULES, *TWO_STAGE_HEAD))
+    if model.get("is_legacy", True):
+        raise LoadError("A single-stage TiTok checkpoint with the legacy layout was never published and is not supported.")
+    return "titok", ours | {"patch_size": patch}, rename(kept, (*RULES, *PIXEL_HEAD))
+
+
+def _size(tensors: Mapping[str, Tensor], part: str) -> dict[str, int]:
+    width = tensors[f"{part}.ln_pre.weight"].shape[0]
+    depth = len({k.split(".")[2] for k in tensors if k.startswith(f"{part}.transformer.")})
+    return {"width": width, "depth": depth, "heads": width // 64}
+
+
+def _quantizer(model: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    if model.get("quantize_mode", "vq") == "vae":
+        return {"name": "gaussian", "dim": int(model["token_size"])}
+    size, dim = tensors["quantize.embedding.weight"].shape
+    found = {"codebook_size": size, "dim": dim, "l2_norm": bool(model.get("use_l2_norm", False))}
+    return {"name": "cvq" if model.get("clustering_vq", False) else "vq", **found}
+
+
+def recognises_maskgit(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bool:
+    """A MaskGIT-VQGAN file: its encoder, codebook and decoder, with or without a configuration."""
+    return {"encoder.down.0.block.0.conv1.weight", "decoder.up.0.block.0.conv1.weight", "quantize.embedding.weight"} <= set(tensors)
+
+
+def convert_maskgit(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Converted:
+    """Configuration and keys of an official MaskGIT-VQGAN checkpoint; all sizes come from the tensors."""
+    size, dim = tensors["quantize.embedding.weight"].shape
+    ours = {"codebook_size": size, "code_dim": dim, "channels": tensors["encoder.conv_in.weight"].shape[0]}
+    return "maskgit_vqgan", ours, rename(tensors, MASKGIT_RULES)
+
+
+FORMATS.append(Format("TiTok (bytedance/1d-tokenizer)", recognises, convert))
+FORMATS.append(Format("MaskGIT-VQGAN (bytedance/1d-tokenizer)", recognises_maskgit, convert_maskgit))
+
+
+_VQ4K = {"name": "vq", "codebook_size": 4096, "dim": 12, "l2_norm": True}
+_VQ8K = {"name": "vq", "codebook_size": 8192, "dim": 64, "l2_norm": False}
+_KL16 = {"name": "gaussian", "dim": 16}
+_SIZE = {"s": "small", "b": "base", "l": "large"}
+_TABLE = "README of bytedance/1d-tokenizer at 942a96f (rFID: ImageNet-val 50k, 256 px)"
+
+
+def _weights(hub: str, rfid: float, filename: str = "model.safetensors") -> Weights:
+    return Weights(
+        hub=hub,
+        filename=filename,
+        licence_code="Apache-2.0",
+        licence_weights="Apache-2.0 on the hub; its README says for research purposes (trained on ImageNet)",
+        trained_on="ImageNet-1k",
+        figures={"rFID": rfid},
+        source=_TABLE,
+    )
+
+
+def _enter(name: str, builder: str, sizes: str, num_tokens: int, quantizer: dict[str, Any], rfid: float) -> None:
+    config = {"num_tokens": num_tokens, "encoder": _SIZE[sizes[0]], "decoder": _SIZE[sizes[1]], "quantizer": quantizer}
+    hub = f"yucornetto/tokenizer_{name}_imagenet"
+    preset("tokenizer", f"{name}.in1k", builder=builder, config=config, weights=_weights(hub, rfid))
+
+
+for _name, _sizes, _tokens, _rfid in (("l32", "ll", 32, 2.21), ("b64", "bb", 64, 1.70), ("s128", "ss", 128, 1.71)):
+    _enter(f"titok_{_name}", "titok_two_stage", _sizes, _tokens, _VQ4K, _rfid)
+for _name, _sizes, _tokens, _rfid in (("bl64", "bl", 64, 2.06), ("bl128", "bl", 128, 1.49), ("sl256", "sl", 256, 1.03)):
+    _enter(f"titok_{_name}_vq8k", "titok", _sizes, _tokens, _VQ8K, _rfid)
+for _name, _sizes, _tokens, _rfid in (("ll32", "ll", 32, 1.61), ("bl64", "bl", 64, 1.25), ("bl128", "bl", 128, 0.84)):
+    _enter(f"titok_{_name}_vae_c16", "titok", _sizes, _tokens, _KL16, _rfid)
+preset(
+    "tokenizer",
+    "maskgit_vqgan.in1k",
+    builder="maskgit_vqgan",
+    config={},
+    weights=_weights("fun-research/TiTok", 2.28, "maskgit-vqgan-imagenet-f16-256.bin"),
+)
