@@ -5,6 +5,7 @@ from __future__ import annotations
 import binascii
 import dataclasses
 import math
+import re
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from vistok.hub import write_atomic
 
 MAGIC = b"VT"
 VERSION = 1
@@ -27,6 +30,9 @@ class ContainerError(ValueError):
 @dataclass(frozen=True, eq=False)
 class Tokens:
     """Tokens of a batch of pictures.
+
+    `tokens[i]`, `tokens[i:j]` and iteration give batches of fewer pictures; `tokens[:, :k]` keeps the first k tokens
+    of every row.
 
     Attributes:
         ids: Token ids, int64, (B, N) or (B, N, G) for grouped ids; None for continuous latents. Never negative:
@@ -50,15 +56,26 @@ class Tokens:
     def __post_init__(self) -> None:
         if self.ids is None and self.codes is None:
             raise ValueError("Tokens need ids or codes.")
-        if self.ids is not None and self.ids.dtype != torch.int64:
-            raise TypeError(f"Token ids are int64 and got {self.ids.dtype}. Convert with ids.long().")
-        if self.ids is not None and self.ids.ndim not in (2, 3):
-            raise ValueError(f"Token ids are (B, N) or (B, N, G) and got {tuple(self.ids.shape)}; keep the grid in `grid`.")
+        if self.ids is not None:
+            self._check_ids(self.ids)
         if self.grid is not None and math.prod(self.grid) != self.num_tokens:
             raise ValueError(f"A grid of {self.grid} holds {math.prod(self.grid)} tokens, not {self.num_tokens}.")
+        if self.text is not None and len(self.text) != len(self):
+            raise ValueError(
+                f"There are {len(self)} pictures and {len(self.text)} captions; give one caption per picture."
+            )
         if self.lengths is None:
             full = torch.full((len(self),), self.num_tokens, dtype=torch.int64, device=self._any.device)
             object.__setattr__(self, "lengths", full)
+
+    def _check_ids(self, ids: Tensor) -> None:
+        if ids.dtype != torch.int64:
+            raise TypeError(f"Token ids are int64 and got {ids.dtype}. Convert with ids.long().")
+        if ids.ndim not in (2, 3):
+            raise ValueError(f"Token ids are (B, N) or (B, N, G) and got {tuple(ids.shape)}; keep the grid in `grid`.")
+        groups = 1 if ids.ndim == 2 else ids.shape[2]
+        if self.vocab and len(self.vocab) != groups:
+            raise ValueError(f"These ids have {groups} groups and the vocabulary {len(self.vocab)}: {self.vocab}.")
 
     @property
     def _any(self) -> Tensor:
@@ -85,22 +102,28 @@ class Tokens:
         return self._any.shape[0]
 
     def __getitem__(self, index: Any) -> Tokens:
-        """`tokens[i]` or `tokens[i:j]` picks rows; `tokens[:, :k]` keeps the first k tokens of every row (1D tokens only)."""
-        rows, columns = index if isinstance(index, tuple) else (index, slice(None))
-        if isinstance(rows, int):
-            rows = slice(rows, rows + 1 or None)
+        """Rows by number, slice, list or mask; a prefix `[:, :k]` of 1D tokens. Always a batch, also for one row.
+
+        Raises:
+            IndexError: No such row, or columns that are not a prefix.
+        """
+        rows, columns = index if isinstance(index, tuple) and len(index) == 2 else (index, slice(None))
         n = self.num_tokens
         start, stop, step = columns.indices(n) if isinstance(columns, slice) else (1, 0, 1)
         if start != 0 or step != 1:
-            raise IndexError("The second index of tokens is a prefix such as tokens[:, :32]; other positions cannot be picked.")
+            raise IndexError(
+                "The second index of tokens is a prefix such as tokens[:, :32]; other positions cannot be picked."
+            )
         if stop < n and self.grid is not None:
             raise IndexError(f"These tokens lie on a {self.grid} grid: a prefix of them is not a shorter code.")
-        picked: dict[str, Any] = {"lengths": self.lengths[rows].clamp_max(stop)}
+        chosen = torch.arange(len(self))[rows].reshape(-1)  # an IndexError for a row that is not there
+        chosen = chosen.to(self.lengths.device)
+        picked: dict[str, Any] = {"lengths": self.lengths[chosen].clamp_max(stop)}
         for name in ("ids", "codes"):
             value = getattr(self, name)
-            picked[name] = None if value is None else value[rows][:, :stop]
+            picked[name] = None if value is None else value[chosen][:, :stop]
         if self.text is not None:
-            picked["text"] = tuple(self.text[rows]) if isinstance(rows, slice) else tuple(self.text[int(i)] for i in rows)
+            picked["text"] = tuple(self.text[i] for i in chosen.tolist())
         return dataclasses.replace(self, **picked)
 
     def to(self, device: torch.device | str) -> Tokens:
@@ -109,7 +132,7 @@ class Tokens:
         return dataclasses.replace(self, **moved)
 
     def __repr__(self) -> str:
-        lengths = sorted(set(self.lengths.tolist()))
+        lengths = sorted(set(self.lengths.tolist())) or [0]
         span = f"{lengths[0]}" if len(lengths) == 1 else f"{lengths[0]}..{lengths[-1]}"
         kind = f"{self.bits:g} bits each" if self.vocab else f"continuous, {self._any.shape[-1]} channels"
         grid = f", grid {'x'.join(map(str, self.grid))}" if self.grid else ""
@@ -135,17 +158,18 @@ def pack(ids: Tensor, vocab: Sequence[int]) -> bytes:
         `packed_bytes(N, vocab)` bytes.
 
     Raises:
-        ValueError: An id outside its vocabulary.
+        ValueError: Not ids of that vocabulary.
     """
-    rows = ids.reshape(ids.shape[0], -1)
-    if rows.shape[1] != len(vocab):
-        raise ValueError(f"These ids have {rows.shape[1]} groups, the vocabulary {len(vocab)}: {tuple(vocab)}.")
+    rows = (ids.unsqueeze(-1) if ids.ndim == 1 else ids).cpu()  # (N, G)
+    if rows.ndim != 2 or rows.shape[1] != len(vocab):
+        raise ValueError(
+            f"Ids of {tuple(ids.shape)} do not have the {len(vocab)} groups of the vocabulary {tuple(vocab)}."
+        )
     top = torch.tensor([v - 1 for v in vocab], dtype=torch.int64)
-    if rows.numel() and bool(((rows < 0) | (rows.cpu() > top)).any()):
+    if rows.numel() and bool(((rows < 0) | (rows > top)).any()):
         raise ValueError(f"An id lies outside 0..{max(vocab) - 1} (seen {int(rows.min())}..{int(rows.max())}).")
-    digits = [(int(i), int(v)) for row in rows.tolist() for i, v in zip(row, vocab)]
-    value, _ = _join_digits(digits)
-    return value.to_bytes(packed_bytes(rows.shape[0], vocab), "little")
+    value = _join([_join_groups(row, vocab) for row in rows.tolist()], math.prod(vocab))
+    return value.to_bytes(packed_bytes(len(rows), vocab), "little")
 
 
 def unpack(data: bytes, n: int, vocab: Sequence[int]) -> Tensor:
@@ -159,25 +183,45 @@ def unpack(data: bytes, n: int, vocab: Sequence[int]) -> Tensor:
     value = int.from_bytes(data, "little")
     if value >= math.prod(vocab) ** n:
         raise ValueError("The bytes hold no valid ids of this vocabulary.")
-    ids = torch.tensor(_split_digits(value, list(vocab) * n), dtype=torch.int64)
-    return ids if len(vocab) == 1 else ids.view(n, len(vocab))
+    rows = [_split_groups(token, vocab) for token in _split(value, math.prod(vocab), n)]
+    ids = torch.tensor(rows, dtype=torch.int64).view(n, len(vocab))
+    return ids.view(n) if len(vocab) == 1 else ids
 
 
-def _join_digits(digits: list[tuple[int, int]]) -> tuple[int, int]:
-    """(value, radix product) of (digit, radix) pairs, the first least significant; halves keep big products few."""
+def _join_groups(digits: Sequence[int], radices: Sequence[int]) -> int:
+    value = 0
+    for digit, radix in zip(reversed(digits), reversed(radices)):
+        value = value * radix + digit
+    return value
+
+
+def _split_groups(value: int, radices: Sequence[int]) -> list[int]:
+    digits = []
+    for radix in radices:
+        value, digit = divmod(value, radix)
+        digits.append(digit)
+    return digits
+
+
+def _join(digits: list[int], base: int) -> int:
+    """The number with these digits, the first least significant; halving keeps products of big numbers few."""
     if len(digits) <= 1:
-        return digits[0] if digits else (0, 1)
-    low, low_radix = _join_digits(digits[: len(digits) // 2])
-    high, high_radix = _join_digits(digits[len(digits) // 2 :])
-    return low + high * low_radix, low_radix * high_radix
+        return digits[0] if digits else 0
+    half = len(digits) // 2
+    return _join(digits[:half], base) + _join(digits[half:], base) * base**half
 
 
-def _split_digits(value: int, radices: list[int]) -> list[int]:
-    if len(radices) <= 1:
-        return [value][: len(radices)]
-    half = len(radices) // 2
-    high, low = divmod(value, math.prod(radices[:half]))
-    return _split_digits(low, radices[:half]) + _split_digits(high, radices[half:])
+def _split(value: int, base: int, n: int) -> list[int]:
+    """Inverse of `_join` for n digits."""
+    if n <= 1:
+        return [value][:n]
+    half = n // 2
+    if base & (base - 1) == 0:  # a power of two: shifts are linear where divisions of big numbers are quadratic
+        shift = half * (base.bit_length() - 1)
+        high, low = value >> shift, value & ((1 << shift) - 1)
+    else:
+        high, low = divmod(value, base**half)
+    return _split(low, base, half) + _split(high, base, n - half)
 
 
 def to_bytes(tokens: Tokens, model_id: str) -> bytes:
@@ -192,10 +236,15 @@ def to_bytes(tokens: Tokens, model_id: str) -> bytes:
         model_id: 8 hex digits that name the encoder's weights.
 
     Raises:
-        ValueError: More than one picture, no ids, or a number above 65,535.
+        ValueError: More than one picture, no ids, ids outside the vocabulary, a number above 65,535, or a model id
+            that is not 8 hex digits.
     """
-    if len(tokens) != 1 or tokens.ids is None:
-        raise ValueError(f"A container holds one picture's ids, got {tokens!r}. Save tokens[i] one by one.")
+    if tokens.ids is None:
+        raise ValueError(f"A container holds ids, and these tokens are continuous: {tokens!r}.")
+    if len(tokens) != 1:
+        raise ValueError(f"A container holds one picture, got {tokens!r}. Save tokens[i] one by one.")
+    if not re.fullmatch("[0-9a-f]{8}", model_id):
+        raise ValueError(f"A model id is 8 hex digits, got {model_id!r}.")
     k = int(tokens.lengths[0])
     height, width = tokens.size or (0, 0)
     if max(height, width, k) > 0xFFFF:
@@ -229,11 +278,17 @@ def from_bytes(data: bytes, *, vocab: Sequence[int], model_id: str, grid: tuple[
     _, version, flags, found_id, height, width, k, crc = HEADER.unpack_from(data)
     head, body = data[: HEADER.size - 2], data[HEADER.size :]
     if version != VERSION or flags & ~FLAG_TEXT:
-        raise ContainerError(f"This .vtok file is of version {version}, flags {flags}; this vistok reads version {VERSION}.")
+        raise ContainerError(
+            f"This .vtok file is of version {version}, flags {flags}; this vistok reads version {VERSION}."
+        )
     if binascii.crc_hqx(head + body, 0) != crc:
-        raise ContainerError("This .vtok file is damaged: its checksum does not fit (flipped bits or a truncated file).")
+        raise ContainerError(
+            "This .vtok file is damaged: its checksum does not fit (flipped bits or a truncated file)."
+        )
     if found_id.hex() != model_id:
-        raise ContainerError(f"Model {found_id.hex()} wrote this .vtok file; the one given is {model_id}. Give the same weights.")
+        raise ContainerError(
+            f"Model {found_id.hex()} wrote this .vtok file; the one given is {model_id}. Give the same weights."
+        )
     text = None
     if flags & FLAG_TEXT:
         length = int.from_bytes(body[:2], "big")
@@ -241,11 +296,28 @@ def from_bytes(data: bytes, *, vocab: Sequence[int], model_id: str, grid: tuple[
         body = body[2 + length :]
     try:
         ids = unpack(body, k, vocab).unsqueeze(0)
+        return Tokens(ids=ids, vocab=tuple(vocab), grid=grid, size=(height, width) if height else None, text=text)
     except ValueError as err:
         raise ContainerError(f"This .vtok file is damaged: {err}") from err
-    return Tokens(ids=ids, vocab=tuple(vocab), grid=grid, size=(height, width) if height else None, text=text)
 
 
 def save(tokens: Tokens, path: str | Path, model_id: str) -> int:
-    """Write one picture's tokens as `path`; returns the number of bytes. See `to_bytes`."""
-    return Path(path).write_bytes(to_bytes(tokens, model_id))
+    """Write one picture's tokens as `path`, atomically; returns the number of bytes. See `to_bytes`."""
+    data = to_bytes(tokens, model_id)
+    write_atomic(path, data)
+    return len(data)
+
+
+def load(path: str | Path, *, vocab: Sequence[int], model_id: str, grid: tuple[int, ...] | None = None) -> Tokens:
+    """Read a `.vtok` file. See `from_bytes`; its errors start with the file's name here.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ContainerError: Not a container, damaged, or written by another model.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"There is no file {str(path)!r}.")
+    try:
+        return from_bytes(Path(path).read_bytes(), vocab=vocab, model_id=model_id, grid=grid)
+    except ContainerError as err:
+        raise ContainerError(f"{path}: {err}") from err
