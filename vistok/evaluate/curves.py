@@ -145,7 +145,7 @@ def wants_log(series: Sequence[Sequence[float]]) -> bool:
     if not pooled or pooled[0] <= 0 or pooled[-1] < 30.0 * pooled[0]:
         return False
     medians = [statistics.median(s) for s in series if s]
-    squeezed = statistics.median(pooled) < math.sqrt(pooled[0] * pooled[-1])
+    squeezed = statistics.median(pooled) < 0.15 * pooled[-1]
     return squeezed or max(medians) > 8.0 * min(medians)
 
 

@@ -131,7 +131,7 @@ def write_page(
             f"<header><h1>{escape(title)}</h1>" + (f"<p>{escape(subtitle)}</p>" if subtitle else ""),
             f'<pre class="command"><code>{escape(command)}</code></pre></header>',
             *(s for s in sections if s),
-            "<footer>Made by vistok. Pictures in this page are compressed (WebP, quality 95) and at most "
+            "<footer>Made by vistok. Pictures in this page are compressed (JPEG, quality 93, full colour resolution) and at most "
             f"{LARGEST_SIDE} pixels wide; figures were measured on the uncompressed ones.</footer>",
             "</main></body></html>",
         ]
@@ -288,9 +288,9 @@ def _image(picture: Tensor, alt: str) -> str:
     image = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
     image.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
     buffer = io.BytesIO()
-    image.save(buffer, format="WEBP", quality=95, method=4)
+    image.save(buffer, format="JPEG", quality=93, subsampling=0)  # full colour resolution: colour is what suffers
     size = f'width="{image.width}" height="{image.height}"'
-    return f'<img {size} alt="{escape(alt)}" src="data:image/webp;base64,{_base64(buffer.getvalue())}">'
+    return f'<img {size} alt="{escape(alt)}" src="data:image/jpeg;base64,{_base64(buffer.getvalue())}">'
 
 
 def _base64(data: bytes) -> str:
