@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import struct
 import warnings
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 MAX_PIXELS = 120_000_000  # a larger picture is refused before its pixels are decoded
+_STRIP = 16  # a resized picture this many times larger than the crop is a strip
+_ORIENTATION = 0x0112  # the EXIF tag
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".jp2", ".ppm", ".pgm")
 
 
@@ -40,12 +44,20 @@ class Preprocess:
     resample: Literal["bicubic", "bilinear", "lanczos", "box", "nearest"] = "bicubic"
     multiple: int = 1
 
+    def __post_init__(self) -> None:
+        size = tuple(self.size)  # a list where it comes from JSON
+        if len(size) != 2 or min(size) < 1 or self.multiple < 1:
+            raise ValueError(
+                f"A size is (H, W) in pixels and a multiple at least 1, got {self.size} and {self.multiple}."
+            )
+        object.__setattr__(self, "size", size)
+
     def __call__(self, picture: Any) -> Tensor:
         """One picture (PIL or path) as float RGB in [0, 1], (3, H, W)."""
         return pil_to_tensor(self.resize(to_pil(picture)))
 
     def resize(self, picture: Image) -> Image:
-        """Resize and crop a picture as described above."""
+        """Resize and crop a picture as described above; `center` is torchvision's Resize + CenterCrop, bit for bit."""
         from PIL import Image
 
         if self.crop == "none":
@@ -54,11 +66,16 @@ class Preprocess:
         resample = Image.Resampling[self.resample.upper()]
         if self.crop == "squash":
             return picture.resize((width, height), resample)
-        # The geometry of "resize the shorter edge, then cut out the centre" (torchvision's rounding), done as one
-        # resize of a box: the same pixels, and a 1 x 60,000 px picture never becomes a larger one.
-        scale = max(height / picture.height, width / picture.width)
-        full_h, full_w = max(height, int(picture.height * scale)), max(width, int(picture.width * scale))
+        if height * picture.width >= width * picture.height:
+            full_h, full_w = height, max(width, height * picture.width // picture.height)
+        else:
+            full_h, full_w = max(height, width * picture.height // picture.width), width
         top, left = round((full_h - height) / 2), round((full_w - width) / 2)
+        if full_h * full_w <= _STRIP * height * width:
+            full = picture.resize((full_w, full_h), resample)
+            return full.crop((left, top, left + width, top + height))
+        # A 1 x 60,000 px strip must not become a larger one: resize only the box that is kept (Pillow may then run its
+        # two passes in the other order, so that rounding differs).
         step_y, step_x = picture.height / full_h, picture.width / full_w
         box = (left * step_x, top * step_y, (left + width) * step_x, (top + height) * step_y)
         box = (box[0], box[1], min(box[2], picture.width), min(box[3], picture.height))
@@ -85,52 +102,82 @@ class Preprocess:
             raise ValueError("The batch is empty.")
         low, high = images.aminmax()
         if not (low >= 0 and high <= 1):  # also catches NaN
-            raise ValueError(f"Images are float in [0, 1] and these span [{float(low):.3g}, {float(high):.3g}]. Scale them.")
+            raise ValueError(
+                f"Images are float in [0, 1] and these span [{float(low):.3g}, {float(high):.3g}]. Scale them."
+            )
 
 
 def to_pil(picture: Any) -> Image:
     """Open a path or take a PIL picture; 8-bit RGB, upright.
 
-    EXIF orientation is applied, palettes, grey, CMYK and 16-bit pictures are converted, alpha is laid on white.
+    EXIF orientation is applied, palettes, grey, CMYK and 16-bit pictures are converted, alpha is laid on white; of
+    several frames the first counts. A picture is decoded only if it has at most `MAX_PIXELS` pixels, so that memory
+    stays bounded.
 
     Raises:
         FileNotFoundError: No such file.
-        PictureError: Not a picture, damaged, or more than `MAX_PIXELS` pixels.
+        PictureError: Not a picture, damaged, or too large; the message names the file.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    if not isinstance(picture, (str, Path)):
+        return _to_rgb(_upright(picture, "the picture"))
+    if not Path(picture).is_file():
+        raise FileNotFoundError(f"There is no picture {str(picture)!r}.")
+    from PIL import Image, UnidentifiedImageError
 
-    name = str(picture) if isinstance(picture, (str, Path)) else "the picture"
-    if isinstance(picture, (str, Path)) and not Path(picture).is_file():
-        raise FileNotFoundError(f"There is no picture {name!r}.")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit below is the lower one
-            found = Image.open(picture) if isinstance(picture, (str, Path)) else picture
-            if found.width * found.height > MAX_PIXELS:
-                raise PictureError(
-                    f"{name} has {found.width}x{found.height} pixels; up to {MAX_PIXELS // 10**6} million are read. Make it smaller."
-                )
-            return _to_rgb(ImageOps.exif_transpose(found))
-    except (UnidentifiedImageError, Image.DecompressionBombError) as err:
-        raise PictureError(f"{name} is not a picture that Pillow reads.") from err
-    except (OSError, SyntaxError, ValueError, EOFError) as err:
-        if isinstance(err, PictureError):
-            raise
-        raise PictureError(f"{name} is damaged or not fully written: {err}") from err
+            warnings.simplefilter("ignore")  # about size, where MAX_PIXELS decides, and about unreadable EXIF
+            with Image.open(picture) as found:
+                return _to_rgb(_upright(found, str(picture)))
+    except PictureError:
+        raise
+    except Image.DecompressionBombError as err:  # Pillow's own limit, met while it reads the header
+        raise PictureError(f"{picture} is too large: {err}") from err
+    except UnidentifiedImageError as err:
+        raise PictureError(f"{picture} is not a picture that Pillow reads.") from err
+    except (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, struct.error, zlib.error) as err:
+        # what Pillow's readers raise on damaged files, by format
+        raise PictureError(f"{picture} is damaged or not fully written: {_one_line(err)}") from err
+
+
+def _one_line(err: Exception) -> str:
+    return (str(err).strip() or type(err).__name__).split("\n", 1)[0]
+
+
+def _upright(picture: Image, name: str) -> Image:
+    """The picture turned as its EXIF says; sizes above the limit are refused before anything is decoded."""
+    from PIL import ImageOps
+
+    if picture.width * picture.height > MAX_PIXELS:
+        raise PictureError(
+            f"{name} has {picture.width}x{picture.height} pixels; up to {MAX_PIXELS // 10**6} million are read. "
+            "Make it smaller."
+        )
+    if picture.getexif().get(_ORIENTATION, 1) == 1:
+        return picture  # exif_transpose would copy
+    return ImageOps.exif_transpose(picture)
 
 
 def _to_rgb(picture: Image) -> Image:
     from PIL import Image
 
     if picture.mode.startswith("I") or picture.mode == "F":
-        values = np.asarray(picture, dtype=np.float32)
-        top = 65535.0 if picture.mode.startswith("I") else max(float(np.nanmax(values, initial=0.0)), 1.0)
-        picture = Image.fromarray(np.clip(np.nan_to_num(values) / top * 255 + 0.5, 0, 255).astype(np.uint8))
+        return Image.fromarray(_to_8_bit(np.asarray(picture))).convert("RGB")
     if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
         rgba = picture.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-        picture = Image.alpha_composite(white, rgba)
+        white = Image.new("RGB", rgba.size, (255, 255, 255))
+        white.paste(rgba, mask=rgba)
+        return white
     return picture.convert("RGB")
+
+
+def _to_8_bit(values: np.ndarray) -> np.ndarray:
+    """Integers are 16-bit samples; floats span [0, 1], [0, 255] or [0, 65535], the smallest that holds them."""
+    numbers = np.nan_to_num(values.astype(np.float32), nan=0.0, posinf=0.0, neginf=0.0)
+    peak = float(numbers.max(initial=0.0))
+    tops = (65535.0,) if values.dtype.kind in "iu" else (1.0, 255.0, 65535.0)
+    top = next((t for t in tops if peak <= t), tops[-1])
+    return np.clip(numbers / top * 255 + 0.5, 0, 255).astype(np.uint8)
 
 
 def pil_to_tensor(picture: Image) -> Tensor:
@@ -163,7 +210,9 @@ def to_tensor(images: Any, preprocess: Preprocess) -> Tensor:
             raise ValueError("The list of pictures is empty.")
         parts = [to_tensor(image, preprocess) for image in images]
         if len({p.shape[1:] for p in parts}) > 1:
-            raise ValueError("These pictures have different sizes, so they cannot form one batch. Encode them one by one.")
+            raise ValueError(
+                "These pictures have different sizes, so they cannot form one batch. Encode them one by one."
+            )
         return torch.cat(parts)
     if isinstance(images, (str, Path)) or hasattr(images, "getbands"):
         one = preprocess(images).unsqueeze(0)
@@ -197,10 +246,15 @@ def find_pictures(source: str | Path) -> list[Path]:
     if path.is_file():
         return [path]
     if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.suffix.lower() in EXTENSIONS)
+        found = sorted(p for p in path.rglob("*") if p.suffix.lower() in EXTENSIONS and _is_visible_file(p))
     else:
         found = sorted(Path(p) for p in glob.glob(str(source), recursive=True) if Path(p).is_file())
+    if not found and path.is_dir():
+        raise FileNotFoundError(f"There are no pictures in {str(source)!r} (looked for {', '.join(EXTENSIONS)}).")
     if not found:
-        kind = "no pictures in the folder" if path.is_dir() else "no file, folder or pattern"
-        raise FileNotFoundError(f"There is {kind} {str(source)!r} (looked for {', '.join(EXTENSIONS)}).")
+        raise FileNotFoundError(f"There is no file or folder {str(source)!r}, and no file fits it as a pattern.")
     return found
+
+
+def _is_visible_file(path: Path) -> bool:
+    return not path.name.startswith(".") and path.is_file()
