@@ -262,6 +262,8 @@ def _join(path: str, key: object) -> str:
 def _schema(builder: Callable[..., Any]) -> dict[str, tuple[Any, bool]]:
     """Parameter name -> (annotation, required) of a callable."""
     target = builder.__init__ if inspect.isclass(builder) else builder
+    if getattr(target, "__module__", "").startswith("torch.nn."):  # a module without a constructor of its own
+        return {}
     hints = typing.get_type_hints(inspect.unwrap(target), include_extras=True)
     schema = {}
     for p in inspect.signature(builder).parameters.values():
