@@ -38,22 +38,20 @@ def check_vq(ref, tok, seed):
     x = image(1, 256, seed)
     with torch.no_grad():
         z = tok.encode_features(x)
-        tokens = tok.encode(x)
         quantized = tok.quantizer(z)
         sure = ref["top2_margin"] > 1e-4
-        assert torch.equal(tokens.ids[0][sure], ref["ids"][0, 0][sure])
+        assert torch.equal(quantized.ids[0][sure], ref["ids"][0, 0][sure])
         torch.testing.assert_close(z.transpose(1, 2).unsqueeze(2), ref["z"], atol=2e-4, rtol=0)
         torch.testing.assert_close(quantized.codes.transpose(1, 2).unsqueeze(2), ref["zq"], atol=2e-4, rtol=0)
         torch.testing.assert_close(0.25 * quantized.losses["commitment"], ref["commitment_loss"], rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(quantized.losses["codebook"], ref["codebook_loss"], rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(quantized.loss, ref["quantizer_loss"], rtol=1e-4, atol=1e-6)
-        full = tok(x).images
+        full = tok.decode_codes(quantized.codes)
         torch.testing.assert_close(full[..., ::5, ::5], ref["image"], atol=5e-4, rtol=0)
         assert_stats(full, ref["image_stat"])
         ids = torch.from_numpy(np.random.default_rng(11).integers(0, tok.quantizer.vocab_sizes[0], (1, 1, tok.num_tokens)))[:, 0]
-        rebuilt = tok.decode_codes(tok.quantizer.ids_to_codes(ids))
-        torch.testing.assert_close(rebuilt[..., ::5, ::5], ref["random_ids_image"], atol=5e-4, rtol=0)
-    assert torch.equal(tok.decode(ids), rebuilt.clamp(0, 1))
+        rebuilt = tok.decode(ids)
+        torch.testing.assert_close(rebuilt[..., ::5, ::5], ref["random_ids_image"].clamp(0, 1), atol=5e-4, rtol=0)
 
 
 @pytest.mark.parity
@@ -72,7 +70,7 @@ def test_two_stage_logits_and_soft_codes_match(official):
     assert torch.equal(grid.argmax(1)[sure], ref["decoder_logits_argmax"][sure])
     torch.testing.assert_close(grid[:, ::16, ::3, ::3], ref["decoder_logits"], atol=2e-4, rtol=0)
     soft = (logits.softmax(-1) @ tok.pixel_codebook.weight).transpose(1, 2).unflatten(2, (16, 16))
-    torch.testing.assert_close(soft[:, :16, ::4, ::4], ref["soft_code"], atol=2e-6, rtol=0)
+    torch.testing.assert_close(soft[:, ::16, ::5, ::5], ref["soft_code"], atol=2e-6, rtol=0)
 
 
 @pytest.mark.parity
