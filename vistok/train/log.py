@@ -1,0 +1,178 @@
+"""The run's log: `metrics.jsonl` always, trackers by name, one progress line for people."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import time
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+METRICS = "metrics.jsonl"
+
+
+def available_trackers(names: tuple[str, ...]) -> list[str]:
+    """The trackers whose package is installed; one warning for each that is not."""
+    found = []
+    for name in names:
+        package = "torch.utils.tensorboard" if name == "tensorboard" else name
+        needed = "tensorboard" if name == "tensorboard" else package
+        if importlib.util.find_spec(needed) is None:
+            extra = "pip install 'vistok[track]'" if name == "tensorboard" else f"pip install {name}"
+            warnings.warn(f"{name} is not installed, so there is only {METRICS}. {extra} adds it.", stacklevel=2)
+        else:
+            found.append(name)
+    return found
+
+
+class Means:
+    """Means of named scalars since the last `take`, kept on their device so that nothing waits for them."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        """Enter scalars."""
+        for name, value in values.items():
+            value = value.detach().float()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def take(self, accelerator: Accelerator) -> dict[str, float]:
+        """Means over steps and processes; starts anew. Every process has to call it."""
+        names = sorted(self._sums)
+        if not names:
+            return {}
+        means = torch.stack([self._sums[n] / self._counts[n] for n in names])
+        self._sums, self._counts = {}, {}
+        if accelerator.num_processes > 1:
+            means = accelerator.reduce(means, "mean")
+        return dict(zip(names, means.tolist()))
+
+
+class Log:
+    """Writes the log of one run.
+
+    Args:
+        accelerator: Tells which process writes, and holds the trackers.
+        out: Folder of the run.
+        steps: Steps of the whole run.
+        start: Step the run begins or continues at; later lines of an earlier attempt are dropped.
+        images_per_step: Pictures per step over all processes.
+    """
+
+    def __init__(self, accelerator: Accelerator, out: Path, *, steps: int, start: int, images_per_step: int) -> None:
+        from rich.console import Console
+
+        self.accelerator, self.path, self.steps = accelerator, out / METRICS, steps
+        self.images_per_step = images_per_step
+        self.means = Means()
+        self.writes = accelerator.is_main_process
+        self.console = Console(quiet=not self.writes)
+        self._bar: Any = None
+        self._task: Any = None
+        self._mark = (time.perf_counter(), start)
+        self._said = (time.perf_counter(), start)
+        if self.writes:
+            self._file = self._continue(start)
+            self._open_bar(start)
+
+    def _continue(self, start: int) -> Any:
+        rows = read(self.path)
+        kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= start]
+        self.path.write_text("".join(kept if start else []))
+        return self.path.open("a")
+
+    def _open_bar(self, start: int) -> None:
+        from rich import progress
+
+        if not self.console.is_terminal:
+            return
+        columns = (progress.BarColumn(), progress.MofNCompleteColumn(), progress.TextColumn("{task.description}"))
+        self._bar = progress.Progress(*columns, progress.TimeRemainingColumn(), console=self.console)
+        self._task = self._bar.add_task("", total=self.steps, completed=start)
+        self._bar.start()
+
+    def advance(self, step: int) -> None:
+        """Move the bar to `step` finished steps."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step)
+
+    def write(self, step: int, facts: Mapping[str, float]) -> dict[str, float]:
+        """Write one line after `step` finished steps: the means since the last one, speed, and `facts`."""
+        now = time.perf_counter()
+        seconds, done = now - self._mark[0], step - self._mark[1]
+        self._mark = (now, step)
+        speed = done * self.images_per_step / max(seconds, 1e-9)
+        row = {"step": step, **self.means.take(self.accelerator), "images_per_s": speed, **facts}
+        row = {k: v if isinstance(v, int) else float(f"{v:.7g}") for k, v in row.items()}
+        self.record(row)
+        self._say(row)
+        return row
+
+    def record(self, row: Mapping[str, Any]) -> None:
+        """Append one row to the file and the trackers."""
+        if self.writes:
+            self._file.write(json.dumps(dict(row)) + "\n")
+            self._file.flush()
+        values = {k: v for k, v in row.items() if k != "step" and isinstance(v, (int, float))}
+        self.accelerator.log(values, step=int(row["step"]))
+
+    def _say(self, row: Mapping[str, float]) -> None:
+        text = f"loss {row.get('loss', float('nan')):.4g}, {row['images_per_s']:.0f} images/s"
+        if self._bar is not None:
+            self._bar.update(self._task, description=text)
+            return
+        now, step = time.perf_counter(), int(row["step"])
+        if now - self._said[0] > 10 or step >= self.steps or self._said[1] == 0:
+            left = (self.steps - step) * self.images_per_step / max(row["images_per_s"], 1e-9)
+            self.console.print(f"step {step}/{self.steps}  {text}, {clock(left)} left", highlight=False)
+            self._said = (now, step)
+
+    def say(self, text: str) -> None:
+        """One line for people, from the first process only."""
+        self.console.print(text, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Close the bar and the file."""
+        if self._bar is not None:
+            self._bar.stop()
+        if self.writes:
+            self._file.close()
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Rows of a `metrics.jsonl`; a last line cut off by a crash is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+def history(path: Path) -> dict[str, list[float]]:
+    """The columns of a `metrics.jsonl`, for plots; a row without a column's value has NaN there."""
+    rows = read(path)
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    return {name: [float(row.get(name, float("nan"))) for row in rows] for name in names}
+
+
+def clock(seconds: float) -> str:
+    """Seconds as people read them: 42 s, 3 min 20 s, 2 h 5 min, 3 d 4 h."""
+    total = round(seconds)
+    for big, small, per, scale in (("d", "h", 24, 3600), ("h", "min", 60, 60), ("min", "s", 60, 1)):
+        value = total // scale
+        if value >= per:
+            return f"{value // per} {big} {value % per} {small}"
+    return f"{total} s"

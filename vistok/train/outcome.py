@@ -1,0 +1,144 @@
+"""What a run leaves behind: the model, the evaluation, and the words about both."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from vistok.config import create
+from vistok.data.base import files_of
+from vistok.train import checkpoint
+from vistok.train.build import Run
+from vistok.train.log import METRICS, Log, clock, history
+
+Reason = Literal["done", "time", "signal"]
+MODEL = "tokenizer"
+EVALUATION = "eval"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """What a run did.
+
+    Attributes:
+        out: Folder of the run.
+        stopped: `done`, `time` (the limit of `train.max_seconds`), or `signal` (SIGINT or SIGTERM).
+        step: Steps finished.
+        resumed: Step it was continued at, None for a new run.
+        seconds: Seconds of training, over all continuations.
+        figures: Held-out figures by metric, empty without evaluation.
+        files: What was written, with one line each on what it is.
+    """
+
+    out: Path
+    stopped: Reason
+    step: int
+    resumed: int | None
+    seconds: float
+    figures: dict[str, float]
+    files: dict[Path, str]
+
+
+def greeting(run: Run) -> str:
+    """One line on model, data and machine."""
+    config, accelerator = run.recipe.train, run.accelerator
+    count = sum(p.numel() for p in run.model.parameters())
+    trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    frozen = "" if trained == count else f" ({trained / 1e6:.2f} M trained)"
+    where = f"{accelerator.num_processes} x {accelerator.device.type}"
+    precision = "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
+    begins = "" if run.resumed is None else f", continued at step {run.resumed}"
+    pictures = len(run.loader.reader.dataset)
+    return (
+        f"{run.model.registry_name}: {count / 1e6:.2f} M parameters{frozen}, {pictures} pictures, "
+        f"{config.steps} steps of {config.global_batch} on {where} in {precision}{begins}. Folder: {run.out}"
+    )
+
+
+def evaluate(run: Run, folder: Path, command: str) -> dict[str, float]:
+    """Figures of the averaged weights on the held-out pictures, and the report in `folder` (first process)."""
+    config = run.recipe.eval
+    if config.data is None:
+        return {}
+    figures: dict[str, float] = {}
+    if run.accelerator.is_main_process:
+        from vistok.evaluate import run as evaluation
+
+        pictures = files_of(create("dataset", **config.data))
+        assert pictures is not None
+        with final_weights(run):
+            result = evaluation.evaluate(
+                run.model,
+                pictures,
+                metrics=config.metrics,
+                out=folder,
+                batch=config.batch,
+                command=command,
+                history=history(run.out / METRICS),
+            )
+        figures = dict(result.figures)
+    run.accelerator.wait_for_everyone()
+    return figures
+
+
+@contextmanager
+def final_weights(run: Run) -> Iterator[None]:
+    """The model in eval mode with its averaged weights."""
+    with run.ema.applied() if run.ema is not None else nullcontext():
+        run.model.eval()
+        try:
+            yield
+        finally:
+            run.model.train()
+
+
+def finish(run: Run, log: Log, reason: Reason, signal: str, command: str) -> TrainResult:
+    """Save the model, evaluate it, and say what was written."""
+    figures: dict[str, float] = {}
+    if reason != "signal":
+        if run.accelerator.is_main_process:
+            with final_weights(run):
+                run.model.save_pretrained(run.out / MODEL)
+        figures = evaluate(run, run.out / EVALUATION, command)
+    files = written(run.out)
+    result = TrainResult(
+        out=run.out,
+        stopped=reason,
+        step=run.step,
+        resumed=run.resumed,
+        seconds=run.seconds,
+        figures=figures,
+        files=files,
+    )
+    log.say(closing_message(result, signal))
+    return result
+
+
+def written(out: Path) -> dict[Path, str]:
+    """What a run's folder holds now, with a few words on each."""
+    known = {
+        out / MODEL: "the trained model; vistok.load reads it",
+        out / METRICS: "every figure of the training",
+        out / checkpoint.RECIPE: "the complete recipe",
+        out / "tensorboard": "the same for TensorBoard",
+    }
+    newest = {folder: "the newest checkpoint" for folder in checkpoint.folders(out)[-1:]}
+    report = {file: "evaluation" for file in sorted((out / EVALUATION).glob("*.*"))}
+    return {path: words for path, words in {**known, **newest, **report}.items() if path.exists()}
+
+
+def closing_message(result: TrainResult, signal: str) -> str:
+    """The last words of a run: how it ended, its figures, every file it wrote."""
+    if result.stopped == "signal":
+        newest = checkpoint.folders(result.out)[-1]
+        return f"{signal}: stopped after step {result.step} and saved {newest}. The same command continues."
+    limit = ", at its time limit" if result.stopped == "time" else ""
+    lines = [f"Trained {result.step} steps in {clock(result.seconds)}{limit}."]
+    if result.figures:
+        lines.append("Held-out pictures: " + ", ".join(f"{name} {value:.4g}" for name, value in result.figures.items()))
+    width = max(len(str(path)) for path in result.files)
+    lines += ["Wrote", *(f"  {path!s:{width}}  {words}" for path, words in result.files.items())]
+    return "\n".join(lines)

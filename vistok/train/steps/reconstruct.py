@@ -1,0 +1,55 @@
+"""Reconstruction: a tokenizer learns to give back the picture it saw."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from vistok.data.base import Batch
+from vistok.registry import nearest, register
+from vistok.train.steps.base import Losses, Part, Step
+
+
+@register("step", "reconstruct")
+class Reconstruct(Step):
+    """Weighted sum of the recipe's losses on the reconstruction, plus the quantizer's own loss.
+
+    Args:
+        quantizer_weights: Weights of the quantizer's loss terms, instead of its published defaults.
+    """
+
+    own_losses: ClassVar[tuple[str, ...]] = ("quantizer",)
+
+    def __init__(self, *, quantizer_weights: dict[str, float] | None = None) -> None:
+        self.quantizer_weights = quantizer_weights or {}
+
+    def setup(self, model: torch.nn.Module, losses: Losses) -> None:
+        """Take a tokenizer and the losses.
+
+        Raises:
+            ValueError: No loss at all, or weights of terms that a quantizer does not have.
+        """
+        super().setup(model, losses)
+        if not losses.losses:
+            raise ValueError("losses: a reconstruction needs at least one, e.g. losses.mse.weight=1.")
+        weights: dict[str, float] = model.quantizer.weights  # type: ignore[union-attr,assignment]
+        for name in self.quantizer_weights:
+            if name not in weights:
+                raise ValueError(f"train.step.quantizer_weights.{name}: no such term. {nearest(name, weights)}")
+        weights.update(self.quantizer_weights)
+
+    def run(self, batch: Batch, step: int, generator: torch.Generator) -> Iterator[Part]:
+        """One part, `model`. See `Step.run`."""
+        out = self.trained["model"](batch.images, generator=generator)
+        losses: Losses = self.helpers["losses"]  # type: ignore[assignment]
+        terms: dict[str, Tensor] = losses(out.images.float(), batch.images, step)
+        weights = {name: losses.weight(name, step) for name in terms}
+        stats: dict[str, Tensor] = {}
+        if out.quantized is not None:
+            terms["quantizer"], stats = out.quantized.loss, out.quantized.stats
+            weights["quantizer"] = losses.weight("quantizer", step)
+        total = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
+        yield Part("model", total, terms, stats, weights)
