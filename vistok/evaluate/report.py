@@ -131,7 +131,7 @@ def write_page(
             f"<header><h1>{escape(title)}</h1>" + (f"<p>{escape(subtitle)}</p>" if subtitle else ""),
             f'<pre class="command"><code>{escape(command)}</code></pre></header>',
             *(s for s in sections if s),
-            "<footer>Made by vistok. Pictures in this page are compressed (JPEG, quality 93, full colour resolution) and "
+            "<footer>Made by vistok. Pictures in this page are compressed (JPEG, quality 93, full colour resolution), "
             f"at most {LARGEST_SIDE} pixels wide; figures were measured on the uncompressed ones.</footer>",
             "</main></body></html>",
         ]

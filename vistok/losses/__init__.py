@@ -9,8 +9,9 @@ Networks inside a loss are frozen (`FrozenLoss`): always in eval mode, no parame
 be an attribute of a step or of a model without entering its optimiser, EMA, checkpoint or gradient reduction, and it
 still follows `.to(device)`.
 
-Adversarial losses (`vistok.losses.adversarial`) need a discriminator that is trained, so they are plain functions and
-modules that a step puts together.
+Two more sorts of things are registered as `loss`, for steps that train a discriminator: discriminators (names end in
+`_discriminator`, `vistok.losses.discriminators`) and losses on their logits (names end in `_gan`,
+`vistok.losses.adversarial`).
 """
 
 from __future__ import annotations
