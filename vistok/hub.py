@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from vistok.config import create, plain
+from vistok.config import ConfigError, create, plain
 from vistok.registry import nearest
 
 CONFIG = "config.json"
@@ -47,6 +47,9 @@ class Saveable:
     def extra_config(self) -> dict[str, Any]:
         """Facts stored beside the configuration (a tokenizer's preprocessing and model id)."""
         return {}
+
+    def restore_extra(self, saved: Mapping[str, Any]) -> None:
+        """Take up what `extra_config` stored; `saved` is the whole content of `config.json`."""
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write `config.json` and `model.safetensors` into a folder, each file atomically.
@@ -106,15 +109,22 @@ def _recording(init: Any) -> Any:
 
 
 def build_saved(config: Mapping[str, Any], tensors: Mapping[str, Tensor], source: str) -> Any:
-    """Build a module from the content of a folder in vistok's format and load its tensors strictly."""
+    """Build a module from the content of a folder in vistok's format and load its tensors strictly.
+
+    Raises:
+        LoadError: The configuration names nothing that is registered here, or the weights do not fit.
+    """
+    kind, name, arguments = (config.get(key) for key in ("kind", "name", "config"))
+    if not isinstance(kind, str) or not isinstance(name, str) or not isinstance(arguments, Mapping):
+        raise LoadError(f"{source}/{CONFIG} does not describe a vistok module: it needs kind, name and config.")
     try:
-        module = create(config["kind"], config["name"], **config["config"])
-    except KeyError as err:
-        raise LoadError(f"{source}/{CONFIG} does not describe a vistok module: {err}") from err
+        module = create(kind, name, **arguments)
+    except (KeyError, ConfigError) as err:
+        raise LoadError(f"{source}/{CONFIG} does not fit this vistok: {err.args[0]}") from err
+    if not isinstance(module, Saveable):
+        raise LoadError(f"{source}/{CONFIG} names the {kind} {name!r}, which is not kept in folders.")
     load_strictly(module, tensors, source)
-    for key in ("model_id",):
-        if key in config:
-            setattr(module, key, config[key])
+    module.restore_extra(config)
     return module
 
 
@@ -128,15 +138,15 @@ def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], source: str)
     missing, extra = sorted(set(own) - set(tensors)), sorted(set(tensors) - set(own))
     wrong = [k for k in own if k in tensors and own[k].shape != tensors[k].shape]
     if missing or extra or wrong:
-        lines = [f"{source} does not fit {type(module).__name__}:"]
-        lines += [f"missing {_some(missing)}"] * bool(missing) + [f"not known {_some(extra)}"] * bool(extra)
-        lines += [f"wrong shape {_some([f'{k} {tuple(tensors[k].shape)} for {tuple(own[k].shape)}' for k in wrong])}"] * bool(wrong)
-        raise LoadError(" ".join(lines))
+        shapes = [f"{k} {tuple(tensors[k].shape)} for {tuple(own[k].shape)}" for k in wrong]
+        found = (("missing", missing), ("not known", extra), ("wrong shape", shapes))
+        said = "; ".join(f"{what} {_some(keys)}" for what, keys in found if keys)
+        raise LoadError(f"{source} does not fit {type(module).__name__}: {said}.")
     module.load_state_dict(dict(tensors), strict=True)
 
 
 def _some(keys: list[str], limit: int = 6) -> str:
-    return f"{len(keys)} ({', '.join(keys[:limit])}{', ...' if len(keys) > limit else ''});"
+    return f"{len(keys)} ({', '.join(keys[:limit])}{', ...' if len(keys) > limit else ''})"
 
 
 def read_folder(source: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -187,7 +197,9 @@ def fetch_file(repo: str, filename: str) -> Path:
     try:
         return Path(hf_hub_download(repo, filename))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as err:
-        raise LoadError(f"{filename} of {repo!r} could not be fetched from the hub and is not in its cache: {err}") from err
+        raise LoadError(
+            f"{filename} of {repo!r} could not be fetched from the hub and is not in its cache: {err}"
+        ) from err
 
 
 def locate(source: str | Path) -> Path:
@@ -210,8 +222,8 @@ def locate(source: str | Path) -> Path:
     if path.is_dir():
         return path
     parent = path.parent if path.parent.is_dir() else Path()
-    near = nearest(path.name, (p.name for p in parent.iterdir() if p.is_dir()))
-    raise LoadError(f"There is no folder {text!r}. {near} For the hub write hf-hub:org/name.")
+    near = nearest(path.name, (p.name for p in parent.iterdir() if p.is_dir()), listing=False)
+    raise LoadError(f"There is no folder {text!r}. {near + ' ' if near else ''}For the hub write hf-hub:org/name.")
 
 
 def model_id(tensors: Mapping[str, Tensor]) -> str:
@@ -233,12 +245,11 @@ def write_atomic(path: str | Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+            os.chmod(file.name, 0o644)
+            os.replace(file.name, path)
         except BaseException:
-            file.close()
             os.unlink(file.name)
             raise
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
 
 
 def count_parameters(module: nn.Module) -> int:

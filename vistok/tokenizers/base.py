@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vistok import hub
+from vistok.config import check_value
 from vistok.image import Preprocess, to_tensor
 from vistok.quantizers.base import Quantized, Quantizer
 from vistok.tokens import Tokens
@@ -79,9 +82,7 @@ class Tokenizer(hub.Saveable, nn.Module):
     # -- what users call -----------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def encode(
-        self, images: Any, num_tokens: int | None = None, *, text: Any = None, sample: bool = False
-    ) -> Tokens:
+    def encode(self, images: Any, num_tokens: int | None = None, *, text: Any = None, sample: bool = False) -> Tokens:
         """Turn pictures into tokens.
 
         Args:
@@ -161,8 +162,8 @@ class Tokenizer(hub.Saveable, nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
-        return next(self.parameters()).device
+        """Where the parameters are (or the buffers, of a tokenizer without parameters)."""
+        return next(itertools.chain(self.parameters(), self.buffers())).device
 
     @property
     def model_id(self) -> str:
@@ -180,6 +181,18 @@ class Tokenizer(hub.Saveable, nn.Module):
         """Preprocessing and model id, stored in `config.json`."""
         return {"preprocess": dataclasses.asdict(self.preprocess), "model_id": self.model_id}
 
+    def restore_extra(self, saved: Mapping[str, Any]) -> None:
+        """Take up the stored preprocessing and model id."""
+        if "preprocess" in saved:
+            self.preprocess = check_value(saved["preprocess"], Preprocess, "preprocess")
+        if "model_id" in saved:
+            self.model_id = check_value(saved["model_id"], str, "model_id")
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As `nn.Module.load_state_dict`; forgets the model id, which belongs to the old weights."""
+        self._model_id = None
+        return super().load_state_dict(*args, **kwargs)
+
     def train(self, mode: bool = True) -> Tokenizer:
         """Switch to training; forgets the model id, since weights are about to change."""
         if mode:
@@ -193,6 +206,11 @@ class Tokenizer(hub.Saveable, nn.Module):
             tokens = Tokens(ids=tokens.to(torch.int64), vocab=self.quantizer.vocab_sizes, grid=self.grid)
         elif tokens.ids is not None:
             self._check_ids(tokens.ids)
+            if tokens.vocab and tokens.vocab != self.quantizer.vocab_sizes:
+                raise ValueError(
+                    f"{self.registry_name} has a vocabulary of {self.quantizer.vocab_sizes} and got tokens of another "
+                    f"model, with {tokens.vocab}."
+                )
         self._check_length(tokens)
         tokens = tokens.to(self.device)
         if tokens.ids is None:
@@ -222,13 +240,17 @@ class Tokenizer(hub.Saveable, nn.Module):
         if not vocab:
             raise ValueError(f"{self.registry_name} has continuous latents and no ids: decode Tokens with codes.")
         if ids.is_floating_point() or ids.dtype == torch.bool:
-            raise ValueError(f"Ids are integers, got {ids.dtype}. Continuous latents are decoded as Tokens(ids=None, codes=...).")
+            raise ValueError(
+                f"Ids are integers, got {ids.dtype}. Continuous latents are decoded as Tokens(ids=None, codes=...)."
+            )
         if ids.ndim != (2 if len(vocab) == 1 else 3) or (ids.ndim == 3 and ids.shape[-1] != len(vocab)):
             want = "(B, N)" if len(vocab) == 1 else f"(B, N, {len(vocab)})"
             raise ValueError(f"Ids of {self.registry_name} are {want}, got {tuple(ids.shape)}.")
         top = torch.tensor(vocab, device=ids.device) - 1 if ids.ndim == 3 else vocab[0] - 1
         if ids.numel() and bool(((ids < 0) | (ids > top)).any()):
-            raise ValueError(f"Ids of {self.registry_name} are 0..{max(vocab) - 1}, got {int(ids.min())}..{int(ids.max())}.")
+            raise ValueError(
+                f"Ids of {self.registry_name} are 0..{max(vocab) - 1}, got {int(ids.min())}..{int(ids.max())}."
+            )
 
     def _check_length(self, tokens: Tokens) -> None:
         n, full = tokens.num_tokens, self.num_tokens if tokens.grid is None else math.prod(tokens.grid)
@@ -237,7 +259,10 @@ class Tokenizer(hub.Saveable, nn.Module):
         short = n < full or bool((tokens.lengths < n).any())
         if n > full or n < 1 or (short and not self.nested):
             allowed = f"1..{full}" if self.nested else f"exactly {full}"
-            raise ValueError(f"{self.registry_name} decodes {allowed} tokens per picture and got {n} (lengths {tokens.lengths.tolist()[:4]}).")
+            raise ValueError(
+                f"{self.registry_name} decodes {allowed} tokens per picture and got {n} "
+                f"(lengths {tokens.lengths.tolist()[:4]})."
+            )
 
     def _refuse(self, **given: Any) -> None:
         for name, value in given.items():

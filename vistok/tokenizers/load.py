@@ -28,7 +28,8 @@ def load(
 
     Args:
         source: A preset with weights (`vistok.list("tokenizer", pretrained=True)`), a folder, or `hf-hub:org/name`.
-            A single weight file of an official project works too. Folders in vistok's own format and in the official ones are recognised by their configuration and keys.
+            A single weight file of an official project works too. Folders in vistok's own format and in the official
+            ones are recognised by their configuration and keys.
         image_size: (H, W) to interpolate position tables to; the trained size if None.
         device: Where to put it.
         dtype: Precision of the weights; ids are computed in float32 from the quantizer's projection on.
@@ -43,6 +44,8 @@ def load(
     tokenizer = _load(source)
     if image_size is not None:
         tokenizer = tokenizer.resized(image_size)
+    if dtype != torch.float32:
+        _ = tokenizer.model_id  # the float32 weights give the name, before they are rounded
     return tokenizer.to(device=device, dtype=dtype).eval()
 
 
@@ -74,7 +77,8 @@ def _read(source: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not str(source).startswith(hub.HUB_PREFIX) and not Path(source).is_dir():
         hint = nearest(str(source), list_names("tokenizer", pretrained=True))
         raise hub.LoadError(
-            f"{str(source)!r} is no preset with weights, no folder and no file. {hint} For the hub write hf-hub:org/name."
+            f"{str(source)!r} is no preset with weights, no folder and no file. {hint} "
+            "For the hub write hf-hub:org/name."
         )
     return hub.read_folder(source)
 
