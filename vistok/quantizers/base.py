@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vistok.quantizers.distributed import all_sum, world_size
 from vistok.quantizers.usage import UsageTracker
 
-LOSS_TERMS = ("codebook", "commitment", "entropy_sample", "entropy_batch", "saturation", "kl")
+LOSS_TERMS = ("codebook", "commitment", "index", "entropy_sample", "entropy_batch", "saturation", "kl")
 MAX_ID_BITS = 63
 
 
@@ -173,6 +173,14 @@ class Quantizer(nn.Module):
                 total = total + weight * term
         return Quantized(codes=codes, ids=ids, losses=losses, stats={}, loss=total)
 
+    def grouped(self, ids: Tensor) -> Tensor:
+        """Ids with a group dimension in any case: (B, N) or (B, N, G) -> (B, N, G)."""
+        return ids.unsqueeze(-1) if len(self.vocab_sizes) == 1 else ids
+
+    def ungrouped(self, ids: Tensor) -> Tensor:
+        """Ids as the interface has them: (B, N, G) -> (B, N) where G is 1, else (B, N, G)."""
+        return ids.squeeze(-1) if len(self.vocab_sizes) == 1 else ids
+
     def check_ids(self, ids: Tensor) -> Tensor:
         """The ids as int64, after checking shape and range.
 
@@ -192,8 +200,7 @@ class Quantizer(nn.Module):
             return ids
         # the largest id, not the size: 2^63 itself is no int64
         top = torch.tensor([v - 1 for v in self.vocab_sizes], dtype=torch.int64, device=ids.device)
-        grouped = ids if len(self.vocab_sizes) > 1 else ids.unsqueeze(-1)
-        if bool(((grouped < 0) | (grouped > top)).any()):
+        if bool(((self.grouped(ids) < 0) | (self.grouped(ids) > top)).any()):
             raise ValueError(
                 f"{type(self).__name__} has ids 0 .. {', '.join(str(v - 1) for v in sorted(set(self.vocab_sizes)))} "
                 f"and got values from {int(ids.min())} to {int(ids.max())}. "

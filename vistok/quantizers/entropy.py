@@ -47,7 +47,8 @@ class _BitEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (logit,) = ctx.saved_tensors
-        return -grad * logit * torch.sigmoid(logit) * torch.sigmoid(-logit)
+        slope: Tensor = -grad * logit * torch.sigmoid(logit) * torch.sigmoid(-logit)
+        return slope
 
 
 def bit_entropy(logit: Tensor) -> Tensor:

@@ -70,8 +70,7 @@ class _MixedRadix(Quantizer):
         return self.result(codes.flatten(2), self._pack(level), {})
 
     def _pack(self, level: Tensor) -> Tensor:
-        ids = (level.long() * self.basis).sum(-1)
-        return ids.squeeze(-1) if self.groups == 1 else ids
+        return self.ungrouped((level.long() * self.basis).sum(-1))
 
     def ids_to_codes(self, ids: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """Codes by integer division: int64 (B, N), or (B, N, G) with groups -> (B, N, D) float32.
@@ -79,9 +78,7 @@ class _MixedRadix(Quantizer):
         Raises:
             ValueError: Wrong number of groups, or an id outside the vocabulary.
         """
-        ids = self.check_ids(ids)
-        grouped = ids.unsqueeze(-1) if self.groups == 1 else ids
-        level = grouped.unsqueeze(-1) // self.basis % self.level_sizes
+        level = self.grouped(self.check_ids(ids)).unsqueeze(-1) // self.basis % self.level_sizes
         return self.value(level.float()).flatten(-2)
 
     def codes_to_ids(self, codes: Tensor) -> Tensor:
