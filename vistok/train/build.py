@@ -200,12 +200,12 @@ def _accelerator(recipe: Recipe) -> Accelerator:
 
     config = recipe.train
     AcceleratorState._reset_state()  # a second run in one Python process may use another precision
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
     unused = step_class(config.step).unused_parameters
     folder = ProjectConfiguration(project_dir=str(config.out), logging_dir=str(config.out))
     accelerator = Accelerator(
         mixed_precision=precision(config, state.device),
-        log_with=available_trackers(config.trackers) if state.is_main_process else None,
+        log_with=(available_trackers(config.trackers) if state.is_main_process else None) or None,
         project_config=folder,
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)],
     )
