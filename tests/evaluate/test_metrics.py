@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 import vistok
 from tests.fill import image
 from vistok.assets import AssetError
+from vistok.evaluate.metric import build_metrics
 
 # scikit-image, official lpips 0.1.4; rows as in the fixture `pairs`
 REFERENCE = {
@@ -100,6 +102,31 @@ def test_lpips_vgg_metric_is_the_vgg_loss():
     x, y = image(1, 64), image(1, 64, seed=1)
     saved = [(v * 255).round() / 255 for v in (x, y)]
     assert torch.equal(metric.update(x, y), vistok.create("loss", "lpips", net="vgg")(*saved))
+
+
+def test_dists_of_jpeg_files_matches_the_reference():
+    """Measured with the authors' network and weights on the cat at five JPEG qualities."""
+    try:
+        metric = vistok.create("metric", "dists")
+    except AssetError as err:
+        pytest.skip(str(err))
+    path = Path(vistok.__file__).parent / "data" / "photos" / "01-cat.jpg"
+    cat = Image.open(path).convert("RGB").crop((0, 0, 256, 256))
+    files = [io.BytesIO() for _ in range(2)]
+    for quality, file in zip((75, 5), files):
+        cat.save(file, "JPEG", quality=quality)
+    decoded = np.stack([np.asarray(Image.open(f)) for f in files])
+    found = metric.update(tensor(decoded), tensor(np.stack([np.asarray(cat)] * 2)))
+    torch.testing.assert_close(found, torch.tensor([0.0398, 0.428]), rtol=0, atol=6e-4)
+
+
+def test_what_cannot_be_measured_is_skipped_by_name_with_the_reason(monkeypatch, tmp_path):
+    monkeypatch.setattr("vistok.assets.carried", lambda source: None)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    built, skipped = build_metrics(["psnr", "ms_ssim", "dists"], size=(128, 128))
+    assert list(built) == ["psnr"]
+    assert "at least 161 pixels" in skipped["ms_ssim"]
+    assert "pip install --no-deps dists-pytorch==0.1" in skipped["dists"]
 
 
 def test_rounding_can_be_switched_off():

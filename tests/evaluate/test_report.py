@@ -96,7 +96,9 @@ def test_pictures_in_the_page_are_those_given(page):
     sources = re.findall(r'alt="00.png, original" src="data:image/jpeg;base64,([^"]+)"', page)
     shown = Image.open(io.BytesIO(base64.b64decode(sources[0]))).convert("RGB")
     want = torch.tensor(list(shown.tobytes())).view(32, 32, 3).permute(2, 0, 1)
-    assert (want - examples(9)[0].original).float().abs().mean() < 6  # colour noise is the worst case; another picture differs by 60
+    assert (
+        want - examples(9)[0].original
+    ).float().abs().mean() < 6  # colour noise is the worst case; another picture differs by 60
 
 
 def test_worst_median_and_best_are_chosen_by_value():

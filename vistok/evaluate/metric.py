@@ -12,13 +12,48 @@ order of a float64 addition. A sampler that repeats pictures to fill up the last
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from vistok.assets import AssetError
+from vistok.config import create
 from vistok.losses.base import check_pair
+
+
+def build_metrics(
+    names: Sequence[str], *, size: tuple[int, int] | None = None, rounding: bool = True
+) -> tuple[dict[str, Metric], dict[str, str]]:
+    """Metrics by name, as far as this machine and the pictures' size allow.
+
+    Args:
+        names: Registered names.
+        size: (H, W) of the pictures, None if it varies.
+        rounding: See `Metric.update`.
+
+    Returns:
+        The metrics by name, and for those that cannot be measured here the reason, weights that are absent with the
+        line that brings them, by name.
+
+    Raises:
+        KeyError: An unknown name.
+    """
+    built: dict[str, Metric] = {}
+    skipped: dict[str, str] = {}
+    for name in names:
+        try:
+            metric = create("metric", name, rounding=rounding)
+        except (AssetError, ImportError) as err:
+            skipped[name] = str(err)
+            continue
+        if size is not None and min(size) < metric.least:
+            skipped[name] = f"{metric.title} needs pictures of at least {metric.least} pixels, these have {min(size)}."
+        else:
+            built[name] = metric
+    return built, skipped
 
 
 class Metric(nn.Module):

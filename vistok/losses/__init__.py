@@ -16,6 +16,6 @@ Two more sorts of things are registered as `loss`, for steps that train a discri
 
 from __future__ import annotations
 
-from vistok.losses.base import FrozenLoss, check_pair
+from vistok.losses.base import FrozenLoss, check_pair, freeze
 
-__all__ = ["FrozenLoss", "check_pair"]
+__all__ = ["FrozenLoss", "check_pair", "freeze"]

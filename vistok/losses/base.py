@@ -7,6 +7,7 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 L = TypeVar("L", bound="FrozenLoss")
+M = TypeVar("M", bound=nn.Module)
 
 
 def check_pair(reconstruction: Tensor, target: Tensor, *, least: int = 1) -> None:
@@ -32,23 +33,29 @@ def check_pair(reconstruction: Tensor, target: Tensor, *, least: int = 1) -> Non
         raise ValueError(f"Pictures of at least {least} x {least} pixels are needed here, got {shape[2]} x {shape[3]}.")
 
 
+def freeze(module: M) -> M:
+    """Turn every parameter and buffer of a module into a buffer that is not saved; returns it in eval mode.
+
+    Call it once the weights are loaded.
+    """
+    for part in module.modules():
+        for name, parameter in list(part._parameters.items()):
+            del part._parameters[name]
+            part.register_buffer(name, None if parameter is None else parameter.detach(), persistent=False)
+        part._non_persistent_buffers_set.update(part._buffers)
+    return module.eval()
+
+
 class FrozenLoss(nn.Module):
     """A loss with a network inside that nobody trains: eval mode for good, no parameters, empty state dict.
+
+    A subclass ends its constructor with `freeze(self)`.
 
     Attributes:
         weights_sha256: Hash of the file its weights came from, None if it has none. Evaluation protocols name it.
     """
 
     weights_sha256: str | None = None
-
-    def freeze(self: L) -> L:
-        """Turn every parameter and buffer below into a buffer that is not saved. Call it once weights are loaded."""
-        for module in self.modules():
-            for name, parameter in list(module._parameters.items()):
-                del module._parameters[name]
-                module.register_buffer(name, None if parameter is None else parameter.detach(), persistent=False)
-            module._non_persistent_buffers_set.update(module._buffers)
-        return self.eval()
 
     def train(self: L, mode: bool = True) -> L:
         """Stays in eval mode: the networks hold dropout and batch norm."""

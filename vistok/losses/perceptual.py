@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vistok import assets
-from vistok.losses.base import FrozenLoss, check_pair
+from vistok.losses.base import FrozenLoss, check_pair, freeze
 from vistok.registry import register
 
 Net = Literal["alex", "vgg"]
@@ -76,7 +76,7 @@ class Lpips(FrozenLoss):
         self.load_state_dict(read_lpips(path, net))
         self.register_buffer("shift", torch.tensor(_SHIFT).view(1, 3, 1, 1))
         self.register_buffer("scale", torch.tensor(_SCALE).view(1, 3, 1, 1))
-        self.freeze()
+        freeze(self)
 
     def forward(self, reconstruction: Tensor, target: Tensor) -> Tensor:
         """Two batches (B, 3, H, W) in [0, 1] -> (B,), float32, 0 for equal pictures.
@@ -104,6 +104,12 @@ class Lpips(FrozenLoss):
             for _ in specs:
                 x = F.relu(next(convs)(x))
             yield x
+
+
+def unpooled_stages(network: Lpips) -> list[list[nn.Module]]:
+    """The convolutions of every stage, for those who pool in their own way (DISTS)."""
+    convs = iter(network.convs)
+    return [[next(convs) for _ in specs] for _, specs in _STAGES[network.net]]
 
 
 def _unit(x: Tensor) -> Tensor:
@@ -138,7 +144,7 @@ class ConvNextLogits(FrozenLoss):
         self.classifier.load_state_dict(assets.read_tensors(path))
         self.register_buffer("mean", torch.tensor((0.485, 0.456, 0.406)).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor((0.229, 0.224, 0.225)).view(1, 3, 1, 1))
-        self.freeze()
+        freeze(self)
 
     def forward(self, reconstruction: Tensor, target: Tensor) -> Tensor:
         """Two batches (B, 3, H, W) in [0, 1] -> (B,), float32.

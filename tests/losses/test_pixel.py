@@ -1,0 +1,27 @@
+"""Pixel losses follow the protocol: one float32 value per picture."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import vistok
+from tests.fill import image
+
+
+@pytest.mark.parametrize(("name", "expected"), [("mse", [0.04, 0.01]), ("l1", [0.2, 0.1])])
+def test_one_value_per_picture(name, expected):
+    y = torch.zeros(2, 3, 8, 8)
+    x = torch.stack((y[0] + 0.2, y[1] - 0.1))
+    torch.testing.assert_close(vistok.create("loss", name)(x, y), torch.tensor(expected))
+
+
+@pytest.mark.parametrize("name", ["mse", "l1"])
+def test_half_precision_input_gives_a_float32_loss(name):
+    assert vistok.create("loss", name)(image(1, 16).bfloat16(), image(1, 16)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["mse", "l1"])
+def test_different_shapes_are_refused(name):
+    with pytest.raises(ValueError, match="of one shape"):
+        vistok.create("loss", name)(image(1, 16), image(2, 16))
