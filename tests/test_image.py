@@ -19,6 +19,7 @@ from vistok.image import (
     PictureError,
     Preprocess,
     find_pictures,
+    read_batches,
     to_pictures,
     to_pil,
     to_tensor,
@@ -346,3 +347,22 @@ def test_a_file_gives_itself_whatever_its_name(folder: Path) -> None:
 def test_nothing_found_is_said(folder: Path, name: str, message: str) -> None:
     with pytest.raises(FileNotFoundError, match=message):
         find_pictures(folder / name)
+
+
+def test_batches_keep_the_order_and_name_what_is_broken(tmp_path: Path) -> None:
+    for i in range(5):
+        noise(8, 8, seed=i).save(tmp_path / f"{i}.png")
+    (tmp_path / "2.png").write_text("broken")
+    broken: dict[Path, str] = {}
+    paths = [*sorted(tmp_path.iterdir()), tmp_path / "missing.png"]
+    found = list(read_batches(paths, SMALL, 3, broken=broken))
+    assert [[f.name for f in files] for files, _ in found] == [["0.png", "1.png", "3.png"], ["4.png"]]
+    assert torch.equal(found[0][1][2], SMALL(noise(8, 8, seed=3)))
+    assert [p.name for p in broken] == ["2.png", "missing.png"]
+
+
+def test_a_batch_ends_where_the_size_changes(tmp_path: Path) -> None:
+    for i, width in enumerate((8, 8, 16)):
+        noise(width, 8).save(tmp_path / f"{i}.png")
+    found = read_batches(sorted(tmp_path.iterdir()), Preprocess(crop="none", multiple=8), 9, broken={})
+    assert [tuple(pictures.shape) for _, pictures in found] == [(2, 3, 8, 8), (1, 3, 8, 16)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -258,3 +258,34 @@ def find_pictures(source: str | Path) -> list[Path]:
 
 def _is_visible_file(path: Path) -> bool:
     return not path.name.startswith(".") and path.is_file()
+
+
+def read_batches(
+    paths: Sequence[Path], preprocess: Preprocess, batch: int, *, broken: dict[Path, str]
+) -> Iterator[tuple[list[Path], Tensor]]:
+    """Preprocessed pictures in batches of one size each, in order.
+
+    Args:
+        paths: Picture files.
+        preprocess: Size, crop and filter of the model.
+        batch: Most pictures in a batch; a new batch also begins where the size changes.
+        broken: Receives each file that cannot be used, with the reason; it is left out.
+
+    Yields:
+        The files of a batch and their pictures, float in [0, 1], (B, 3, H, W).
+    """
+    files: list[Path] = []
+    pictures: list[Tensor] = []
+    for path in paths:
+        try:
+            picture = to_tensor(path, preprocess)[0]
+        except (PictureError, OSError, ValueError) as err:
+            broken[path] = _one_line(err)
+            continue
+        if pictures and (len(pictures) == batch or pictures[0].shape != picture.shape):
+            yield files, torch.stack(pictures)
+            files, pictures = [], []
+        files.append(path)
+        pictures.append(picture)
+    if pictures:
+        yield files, torch.stack(pictures)
