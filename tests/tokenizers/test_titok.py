@@ -49,7 +49,9 @@ def check_vq(ref, tok, seed):
         full = tok.decode_codes(quantized.codes)
         torch.testing.assert_close(full[..., ::5, ::5], ref["image"], atol=5e-4, rtol=0)
         assert_stats(full, ref["image_stat"])
-        ids = torch.from_numpy(np.random.default_rng(11).integers(0, tok.quantizer.vocab_sizes[0], (1, 1, tok.num_tokens)))[:, 0]
+        ids = torch.from_numpy(
+            np.random.default_rng(11).integers(0, tok.quantizer.vocab_sizes[0], (1, 1, tok.num_tokens))
+        )[:, 0]
         rebuilt = tok.decode(ids)
         torch.testing.assert_close(rebuilt[..., ::5, ::5], ref["random_ids_image"].clamp(0, 1), atol=5e-4, rtol=0)
 

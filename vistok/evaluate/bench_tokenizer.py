@@ -50,7 +50,9 @@ class TokenizerBench:
         return asdict(self)
 
 
-def run(model: str = "titok_s128.in1k", *, batch: int = 2, rounds: int = 7, threads: int | None = None) -> TokenizerBench:
+def run(
+    model: str = "titok_s128.in1k", *, batch: int = 2, rounds: int = 7, threads: int | None = None
+) -> TokenizerBench:
     """Time a TiTok against the straightforward implementation with the same random weights.
 
     Ours and plain are timed in turn in every round, so that a machine that drifts changes both.
@@ -75,9 +77,18 @@ def run(model: str = "titok_s128.in1k", *, batch: int = 2, rounds: int = 7, thre
     ids = torch.randint(tokenizer.quantizer.vocab_sizes[0], (batch, tokenizer.num_tokens))
     with torch.inference_mode():
         rows = [
-            _row("encode", "float32", lambda: tokenizer.encode(images).ids, lambda: plain.encode(images), rounds, batch),
+            _row(
+                "encode", "float32", lambda: tokenizer.encode(images).ids, lambda: plain.encode(images), rounds, batch
+            ),
             _row("decode", "float32", lambda: tokenizer.decode(ids), lambda: plain.decode(ids), rounds, batch),
-            _row("encode", "bf16", _bf16(lambda: tokenizer.encode(images).ids), lambda: tokenizer.encode(images).ids, rounds, batch),
+            _row(
+                "encode",
+                "bf16",
+                _bf16(lambda: tokenizer.encode(images).ids),
+                lambda: tokenizer.encode(images).ids,
+                rounds,
+                batch,
+            ),
             _row("decode", "bf16", _bf16(lambda: tokenizer.decode(ids)), lambda: tokenizer.decode(ids), rounds, batch),
         ]
         equal = (_bf16(lambda: tokenizer.encode(images).ids)() == tokenizer.encode(images).ids).float().mean()
@@ -157,7 +168,9 @@ def transformer_flops(transformer: Transformer, n: int, rows: int) -> float:
     return total
 
 
-def _transformer_share(tokenizer: TiTok | TwoStageTiTok, batch: int, dtype: torch.dtype, rounds: int) -> tuple[float, float]:
+def _transformer_share(
+    tokenizer: TiTok | TwoStageTiTok, batch: int, dtype: torch.dtype, rounds: int
+) -> tuple[float, float]:
     """(peak GFLOP/s, share of it that the encoder's transformer reaches); peak and model are timed in turn."""
     transformer = tokenizer.encoder.transformer
     n, rows = tokenizer.encoder.position.shape[0] + tokenizer.num_tokens, tokenizer.num_tokens

@@ -10,7 +10,9 @@ import copy
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from vistok.layers.conv import UpsampleConv2d
 from vistok.layers.transformer import Block, Transformer
 from vistok.tokenizers.titok import TiTok, TiTokDecoder, TiTokEncoder, TwoStageTiTok
 
@@ -49,6 +51,18 @@ class PlainTransformer(nn.Module):
         return x.transpose(0, 1)
 
 
+class PlainUpsample(nn.Module):
+    """Nearest upsampling, then the convolution on the large map."""
+
+    def __init__(self, conv: UpsampleConv2d) -> None:
+        super().__init__()
+        self.weight, self.bias = conv.weight, conv.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in, h, w) -> (B, out, 2 h, 2 w)."""
+        return F.conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest"), self.weight, self.bias, padding=1)
+
+
 class PlainTiTok(nn.Module):
     """Encode and decode with the weights of a TiTok, the straightforward way.
 
@@ -63,6 +77,10 @@ class PlainTiTok(nn.Module):
         self.decoder_blocks = PlainTransformer(tokenizer.decoder.transformer)
         for parameter in self.tokenizer.parameters():
             parameter.data = parameter.data.contiguous()
+        if isinstance(self.tokenizer, TwoStageTiTok):
+            for level in self.tokenizer.pixel_decoder.up:
+                if isinstance(level.upsample_conv, UpsampleConv2d):
+                    level.upsample_conv = PlainUpsample(level.upsample_conv)
 
     def encode_features(self, images: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) -> features for the quantizer, (B, K, D)."""

@@ -23,7 +23,9 @@ def resize_table(table: Tensor, old: tuple[int, int], new: tuple[int, int], *, p
         ValueError: The table does not hold `old`.
     """
     if table.shape[0] != prefix + old[0] * old[1]:
-        raise ValueError(f"A table of {table.shape[0]} rows does not hold a grid of {old[0]}x{old[1]} after {prefix} rows.")
+        raise ValueError(
+            f"A table of {table.shape[0]} rows does not hold a grid of {old[0]}x{old[1]} after {prefix} rows."
+        )
     if old == new:
         return table
     grid = table[prefix:].float().T.reshape(1, -1, *old)  # (1, D, h, w)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from vistok.config import create
 from vistok.image import Preprocess
 from vistok.layers.attention import float32_linear
-from vistok.layers.conv import GroupNormSiLU, to_map, to_sequence
+from vistok.layers.conv import GroupNormSiLU, UpsampleConv2d, to_map, to_sequence
 from vistok.registry import preset, register
 from vistok.tokenizers.base import Tokenizer
 
@@ -30,7 +30,9 @@ class ResidualBlock(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
         self.norm2 = GroupNormSiLU(32, out_channels, eps=1e-6)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
-        self.nin_shortcut = nn.Conv2d(out_channels, out_channels, 1, bias=False) if in_channels != out_channels else None
+        self.nin_shortcut = (
+            nn.Conv2d(out_channels, out_channels, 1, bias=False) if in_channels != out_channels else None
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in, h, w) -> (B, out, h, w)."""
@@ -43,13 +45,13 @@ class _Level(nn.Module):
         super().__init__()
         widths = [in_channels] + [out_channels] * BLOCKS
         self.block = nn.ModuleList(ResidualBlock(a, b) for a, b in zip(widths, widths[1:]))
-        self.upsample_conv = nn.Conv2d(out_channels, out_channels, 3, padding=1) if upsample else None
+        self.upsample_conv = UpsampleConv2d(out_channels, out_channels) if upsample else None
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.block:
             x = block(x)
         if self.upsample_conv is not None:
-            x = self.upsample_conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+            x = self.upsample_conv(x)
         return x
 
 
@@ -158,7 +160,14 @@ class MaskGITVQGAN(Tokenizer):
 
     def decode_codes(self, codes: Tensor, *, grid: tuple[int, int] | None = None) -> Tensor:
         """Codes (B, h * w, code_dim) -> pictures, unclamped, (B, 3, H, W)."""
-        return self.decoder(to_map(codes.to(self.decoder.conv_in.weight.dtype), grid or self.grid_for(self.preprocess.size)))
+        return self.decoder(
+            to_map(codes.to(self.decoder.conv_in.weight.dtype), grid or self.grid_for(self.preprocess.size))
+        )
 
 
-preset("tokenizer", "maskgit_vqgan_tiny", builder="maskgit_vqgan", config={"image_size": 64, "codebook_size": 64, "code_dim": 8, "channels": 32})
+preset(
+    "tokenizer",
+    "maskgit_vqgan_tiny",
+    builder="maskgit_vqgan",
+    config={"image_size": 64, "codebook_size": 64, "code_dim": 8, "channels": 32},
+)

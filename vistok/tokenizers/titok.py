@@ -154,7 +154,13 @@ class _TiTokBase(Tokenizer):
     decoder: TiTokDecoder
 
     def _build(
-        self, image_size: int | tuple[int, int], patch_size: int, num_tokens: int, quantizer: Spec, sizes: Sequence[Any], legacy: bool
+        self,
+        image_size: int | tuple[int, int],
+        patch_size: int,
+        num_tokens: int,
+        quantizer: Spec,
+        sizes: Sequence[Any],
+        legacy: bool,
     ) -> Size:
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         if height % patch_size or width % patch_size:
@@ -167,7 +173,10 @@ class _TiTokBase(Tokenizer):
         grid = (height // patch_size, width // patch_size)
         self.quantizer: Quantizer = create("quantizer", **quantizer)
         if self.quantizer.num_ids(num_tokens) != num_tokens:
-            raise ValueError(f"{type(self.quantizer).__name__} needs a grid of features; 1D tokens have none. Choose another quantizer.")
+            raise ValueError(
+                f"{type(self.quantizer).__name__} needs a grid of features and 1D tokens have none. "
+                "Choose another quantizer."
+            )
         self.encoder = TiTokEncoder(grid, patch_size, num_tokens, encoder, self.quantizer.in_dim, legacy_layout=legacy)
         self.decoder = TiTokDecoder(grid, num_tokens, decoder, self.quantizer.dim)
         return decoder
@@ -291,7 +300,9 @@ class TwoStageTiTok(_TiTokBase):
         """Codes (B, K, quantizer.dim) -> pictures, unclamped, (B, 3, H, W)."""
         return self.logits_to_pixels(self.decode_logits(codes))
 
-    def forward(self, images: Tensor, *, pixels: bool = True, generator: torch.Generator | None = None) -> TokenizerOutput:
+    def forward(
+        self, images: Tensor, *, pixels: bool = True, generator: torch.Generator | None = None
+    ) -> TokenizerOutput:
         """As `Tokenizer.forward`, with `extras["logits"]`; without `pixels` (stage 1) the pixel decoder is skipped."""
         tokens, quantized = self.tokenize(images, generator=generator)
         logits = self.decode_logits(quantized.codes)

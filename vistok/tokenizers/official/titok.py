@@ -56,7 +56,9 @@ def convert(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Convert
         raise LoadError("This is a text-aware TiTok (TA-TiTok) checkpoint, which this version of vistok does not load.")
     two_stage = "decoder.ffn.2.weight" in tensors
     if two_stage and "pixel_decoder.conv_in.weight" not in tensors:
-        raise LoadError("This is a stage-1 TiTok checkpoint without a pixel decoder. Load a stage-2 one (it has pixel_decoder.*).")
+        raise LoadError(
+            "This is a stage-1 TiTok checkpoint without a pixel decoder. Load a stage-2 one (it has pixel_decoder.*)."
+        )
     patch = tensors["encoder.patch_embed.weight"].shape[-1]
     inner = config.get("config", config)
     size = inner.get("dataset", {}).get("preprocessing", {}).get("crop_size", 256)
@@ -69,14 +71,20 @@ def convert(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Convert
     }
     drop = {"quantize.embed_prob"} if not model.get("clustering_vq", False) else set()
     kept = {k: v for k, v in tensors.items() if k not in drop}
-    kept |= {k: v.flatten(1) for k, v in kept.items() if k in ("encoder.conv_out.weight",) or k.startswith("decoder.ffn.") and v.ndim == 4}
+    kept |= {
+        k: v.flatten(1)
+        for k, v in kept.items()
+        if k in ("encoder.conv_out.weight",) or k.startswith("decoder.ffn.") and v.ndim == 4
+    }
     kept |= {k: v[0] for k, v in kept.items() if k == "decoder.mask_token"}
     if two_stage:
         ours["legacy_layout"] = bool(model.get("is_legacy", True))
         ours["pixel_channels"] = tensors["pixel_decoder.conv_out.weight"].shape[1]
         return "titok_two_stage", ours, rename(kept, (*RULES, *TWO_STAGE_HEAD))
     if model.get("is_legacy", True):
-        raise LoadError("A single-stage TiTok checkpoint with the legacy layout was never published and is not supported.")
+        raise LoadError(
+            "A single-stage TiTok checkpoint with the legacy layout was never published and is not supported."
+        )
     return "titok", ours | {"patch_size": patch}, rename(kept, (*RULES, *PIXEL_HEAD))
 
 
@@ -96,7 +104,11 @@ def _quantizer(model: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[
 
 def recognises_maskgit(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bool:
     """A MaskGIT-VQGAN file: its encoder, codebook and decoder, with or without a configuration."""
-    return {"encoder.down.0.block.0.conv1.weight", "decoder.up.0.block.0.conv1.weight", "quantize.embedding.weight"} <= set(tensors)
+    return {
+        "encoder.down.0.block.0.conv1.weight",
+        "decoder.up.0.block.0.conv1.weight",
+        "quantize.embedding.weight",
+    } <= set(tensors)
 
 
 def convert_maskgit(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Converted:
