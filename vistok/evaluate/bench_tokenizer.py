@@ -29,8 +29,8 @@ class TokenizerBench:
         batch: Pictures per batch.
         device: What it ran on.
         threads: CPU threads.
-        rows: One per operation and precision: operation, precision, seconds, plain_seconds, ratio (plain / ours, medians
-            of the per-round ratios), images_per_s.
+        rows: One per operation and precision: operation, precision, against what, seconds, against_seconds, ratio
+            (median of the per-round ratios against / ours), images_per_s.
         equal_ids: Share of ids that bf16 encoding leaves equal to float32.
         peak_gflops: Measured matrix-multiplication peak, per precision.
         transformer_share: Share of that peak that the encoder's transformer reaches, per precision.
@@ -158,7 +158,7 @@ def matmul_peak(dtype: torch.dtype, rounds: int = 5) -> float:
 
 
 def transformer_flops(transformer: Transformer, n: int, rows: int) -> float:
-    """Floating-point operations of one sequence of n tokens of which the last block gives `rows` (2 per multiply-add)."""
+    """Floating-point operations (2 per multiply-add) of one sequence of n tokens whose last block gives `rows`."""
     blocks: nn.ModuleList = transformer.blocks
     total = 0.0
     for i, block in enumerate(blocks):

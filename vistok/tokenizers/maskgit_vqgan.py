@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -44,7 +46,7 @@ class _Level(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, *, upsample: bool = False) -> None:
         super().__init__()
         widths = [in_channels] + [out_channels] * BLOCKS
-        self.block = nn.ModuleList(ResidualBlock(a, b) for a, b in zip(widths, widths[1:]))
+        self.block = nn.ModuleList(ResidualBlock(a, b) for a, b in pairwise(widths))
         self.upsample_conv = UpsampleConv2d(out_channels, out_channels) if upsample else None
 
     def forward(self, x: Tensor) -> Tensor:

@@ -74,7 +74,7 @@ def convert(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Convert
     kept |= {
         k: v.flatten(1)
         for k, v in kept.items()
-        if k in ("encoder.conv_out.weight",) or k.startswith("decoder.ffn.") and v.ndim == 4
+        if k in ("encoder.conv_out.weight",) or (k.startswith("decoder.ffn.") and v.ndim == 4)
     }
     kept |= {k: v[0] for k, v in kept.items() if k == "decoder.mask_token"}
     if two_stage:
