@@ -57,6 +57,24 @@ def bit_entropy(logit: Tensor) -> Tensor:
     return found
 
 
+class _Centred(torch.autograd.Function):
+    """The identity; the gradient loses its mean over the codes.
+
+    Probabilities sum to one, so a constant added to their gradient changes nothing but rounding: where use is nearly
+    even, the gradient of the batch entropy is nearly constant, and would cancel to noise.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, p: Tensor) -> Tensor:
+        return p.view_as(p)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        centred: Tensor = grad - grad.mean(-1, keepdim=True)
+        return centred
+
+
 def pattern_probabilities(logit: Tensor) -> Tensor:
     """Probability of each bit pattern of independent bits: logits (..., b) -> (..., 2^b), bit 0 least significant."""
     one, zero = torch.sigmoid(logit), torch.sigmoid(-logit)
@@ -82,12 +100,17 @@ def pattern_sum(logit: Tensor, weight: Tensor | None = None) -> Tensor:
     bits = logit.shape[-1]
     chunk = max(1, TILE // (2 ** (bits - bits // 2) * max(1, logit.shape[0])))
     if logit.shape[1] <= chunk:
-        return _half_tables(logit, weight)
+        return _centred(_half_tables(logit, weight))
     total = logit.new_zeros(logit.shape[0], 2**bits)
     for i in range(0, logit.shape[1], chunk):
         part = None if weight is None else weight[i : i + chunk]
         total = total + checkpoint(_half_tables, logit[:, i : i + chunk], part, use_reentrant=False)
-    return total
+    return _centred(total)
+
+
+def _centred(p: Tensor) -> Tensor:
+    same: Tensor = _Centred.apply(p)
+    return same
 
 
 def _half_tables(logit: Tensor, weight: Tensor | None) -> Tensor:
@@ -253,6 +276,7 @@ class _SoftmaxStatistics(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_entropy: Tensor, d_total: Tensor) -> tuple[Tensor | None, ...]:
         z, table, bias, weight, normaliser = ctx.saved_tensors
+        d_total = d_total - d_total.mean()  # as in _Centred
 
         def cotangent(log_q: Tensor, rows: slice, cols: slice) -> Tensor:
             outer = d_total[cols] if weight is None else weight[rows].unsqueeze(-1) * d_total[cols]

@@ -14,7 +14,8 @@ from vistok.quantizers.search import TILE
 from vistok.quantizers.vq import TableQuantizer
 from vistok.registry import register
 
-BEAM = 16
+BEAMS = (16, 256)
+"""Widths of the search for the ids of a sum; the second is tried for the tokens the first leaves open."""
 
 
 def sum_terms(parts: list[dict[str, Tensor]], scale: float = 1.0) -> dict[str, Tensor]:
@@ -176,19 +177,23 @@ class ResidualQuantizer(Quantizer):
         return torch.cat(ids, dim=-1)
 
     def _beam_ids(self, flat: Tensor) -> Tensor:
-        """Beam search for rows of the tables that sum to the codes, some tokens at a time: (M, D) -> (M, L)."""
-        if not len(flat):
-            return flat.new_zeros(0, len(self.levels)).long()
-        return torch.cat([self._beam(part) for part in flat.split(max(1, 2 * TILE // (BEAM * self.vocab_sizes[0])))])
+        """Rows of the tables that sum to the codes, by beam search: (M, D) -> (M, L)."""
+        ids = torch.zeros(len(flat), len(self.levels), dtype=torch.int64, device=flat.device)
+        open_rows = torch.arange(len(flat), device=flat.device)
+        for width in BEAMS:
+            for rows in open_rows.split(max(1, 2 * TILE // (width * self.vocab_sizes[0]))):
+                ids[rows] = self._beam(flat[rows], width)
+            wrong = (self.ids_to_codes(self.ungrouped(ids[open_rows])) - flat[open_rows]).abs().amax(-1) > 1e-5
+            open_rows = open_rows[wrong]
+        return ids
 
-    def _beam(self, flat: Tensor) -> Tensor:
+    def _beam(self, flat: Tensor, width: int) -> Tensor:
         rest, ids = flat.unsqueeze(1), flat.new_zeros(len(flat), 1, 0).long()  # (M, K, D), (M, K, l)
         for level, scale in self._stack():
             assert isinstance(level, TableQuantizer)
             table = level.codes * scale
             distance = rest.square().sum(-1, keepdim=True) + table.square().sum(-1) - 2 * rest @ table.T  # (M, K, C)
-            width = min(BEAM, distance.shape[1] * distance.shape[2])
-            best = distance.flatten(1).topk(width, largest=False).indices
+            best = distance.flatten(1).topk(min(width, distance.shape[1] * distance.shape[2]), largest=False).indices
             parent, code = best // len(table), best % len(table)
             rest = rest.gather(1, parent.unsqueeze(-1).expand(-1, -1, self.dim)) - table[code]
             ids = torch.cat([ids.gather(1, parent.unsqueeze(-1).expand(-1, -1, ids.shape[2])), code[..., None]], -1)
