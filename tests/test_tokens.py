@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vistok import Tokens
-from vistok.tokens import pack, packed_bytes, unpack
+from vistok.tokens import pack, packed_bytes, stack, unpack
 
 
 def tokens(batch: int = 3, n: int = 8, **changes: object) -> Tokens:
@@ -188,3 +188,17 @@ def test_a_wrong_number_of_bytes_is_refused() -> None:
 def test_bytes_that_no_ids_give_are_refused() -> None:
     with pytest.raises(ValueError, match="no valid ids"):
         unpack(bytes([9]), 2, (3,))
+
+
+def test_stacked_rows_keep_their_length_and_text() -> None:
+    long, short = tokens(2, text=("a", "b")), tokens(1, text=("c",))[:, :3]
+    found = stack([long, short])
+    assert (found.lengths.tolist(), found.text) == ([8, 8, 3], ("a", "b", "c"))
+    assert torch.equal(found.ids[2], torch.tensor([0, 1, 2, 0, 0, 0, 0, 0]))
+    assert found.codes.shape == (3, 8, 1)
+
+
+@pytest.mark.parametrize("parts", [[], [tokens(), tokens(size=(1, 1))], [tokens(), tokens(codes=None)]])
+def test_what_does_not_belong_together_is_not_stacked(parts: list[Tokens]) -> None:
+    with pytest.raises(ValueError, match="no tokens to stack|cannot form one batch"):
+        stack(parts)

@@ -321,3 +321,33 @@ def load(path: str | Path, *, vocab: Sequence[int], model_id: str, grid: tuple[i
         return from_bytes(Path(path).read_bytes(), vocab=vocab, model_id=model_id, grid=grid)
     except ContainerError as err:
         raise ContainerError(f"{path}: {err}") from err
+
+
+def stack(parts: Sequence[Tokens]) -> Tokens:
+    """Several token batches as one; shorter rows are padded with 0 and keep their length.
+
+    Args:
+        parts: Tokens of one model: same vocabulary, grid and picture size; ids with or without codes.
+
+    Raises:
+        ValueError: Nothing given, or tokens that do not belong into one batch.
+    """
+    if not parts:
+        raise ValueError("There are no tokens to stack.")
+    kinds = {(p.vocab, p.grid, p.size, p.text is None, p.ids is None, p.codes is None) for p in parts}
+    if len(kinds) > 1:
+        raise ValueError(
+            "These tokens differ in vocabulary, grid, picture size or kind, so they cannot form one batch."
+        )
+    n = max(p.num_tokens for p in parts)
+
+    def column(name: str) -> Tensor | None:
+        values = [getattr(p, name) for p in parts]
+        if values[0] is None:
+            return None
+        padded = [torch.cat([v, v.new_zeros(v.shape[0], n - v.shape[1], *v.shape[2:])], 1) for v in values]
+        return torch.cat(padded)
+
+    text = None if parts[0].text is None else tuple(t for p in parts for t in p.text or ())
+    lengths = torch.cat([p.lengths for p in parts])
+    return dataclasses.replace(parts[0], ids=column("ids"), codes=column("codes"), lengths=lengths, text=text)
