@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import struct
+import threading
 import warnings
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -125,10 +127,8 @@ def to_pil(picture: Any) -> Image:
     from PIL import Image, UnidentifiedImageError
 
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about size, where MAX_PIXELS decides, and about unreadable EXIF
-            with Image.open(picture) as found:
-                return _to_rgb(_upright(found, str(picture)))
+        with _no_warnings(), Image.open(picture) as found:
+            return _to_rgb(_upright(found, str(picture)))
     except PictureError:
         raise
     except Image.DecompressionBombError as err:  # Pillow's own limit, met while it reads the header
@@ -156,6 +156,21 @@ def _upright(picture: Image, name: str) -> Image:
     if picture.getexif().get(_ORIENTATION, 1) == 1:
         return picture  # exif_transpose would copy
     return ImageOps.exif_transpose(picture)
+
+
+@contextmanager
+def _no_warnings() -> Iterator[None]:
+    """Silence Pillow about size, where `MAX_PIXELS` decides, and about unreadable EXIF.
+
+    Only in the main thread: the filters are global, so a data thread would swallow everybody's warnings, and two
+    threads that restore them in the wrong order would leave them off for good.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _to_rgb(picture: Image) -> Image:

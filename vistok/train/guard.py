@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
@@ -69,7 +70,8 @@ class Guard:
 
 def find_cause(losses: Mapping[str, Tensor], module: nn.Module) -> str:
     """Which losses, or else which gradients, are not finite, in words."""
-    bad = [f"{name} is {float(value)}" for name, value in losses.items() if not torch.isfinite(value)]
+    found = {name: float(value.detach()) for name, value in losses.items()}
+    bad = [f"{name} is {value}" for name, value in found.items() if not math.isfinite(value)]
     if bad:
         return "loss " + ", ".join(bad)
     named = [(n, p.grad) for n, p in module.named_parameters() if p.grad is not None]

@@ -79,24 +79,21 @@ class Muon(torch.optim.Optimizer):
         for parameter in trained:
             if not self.state[parameter]:
                 zeros = {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
-                self.state[parameter].update(zeros, step=torch.zeros((), dtype=torch.float32))
+                self.state[parameter].update(zeros, step=torch.zeros(()))
         states = [self.state[p] for p in trained]
-        torch.optim.adamw.adamw(
-            trained,
-            [p.grad for p in trained],
-            [s["exp_avg"] for s in states],
-            [s["exp_avg_sq"] for s in states],
-            [],
-            [s["step"] for s in states],
-            foreach=True,
-            amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )
+        first, second = ([s[name] for s in states] for name in ("exp_avg", "exp_avg_sq"))
+        gradients = [p.grad for p in trained]
+        (beta1, beta2), lr = group["betas"], group["lr"]
+        torch._foreach_lerp_(first, gradients, 1 - beta1)
+        torch._foreach_mul_(second, beta2)
+        torch._foreach_addcmul_(second, gradients, gradients, 1 - beta2)
+        torch._foreach_add_([s["step"] for s in states], 1)
+        steps = [float(s["step"]) for s in states]
+        roots = torch._foreach_sqrt(second)
+        torch._foreach_div_(roots, [(1 - beta2**t) ** 0.5 for t in steps])
+        torch._foreach_add_(roots, group["eps"])
+        torch._foreach_mul_(trained, 1 - lr * group["weight_decay"])
+        torch._foreach_addcdiv_(trained, first, roots, [-lr / (1 - beta1**t) for t in steps])
 
 
 def orthogonalise(x: Tensor, iterations: int = 5) -> Tensor:

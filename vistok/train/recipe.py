@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -273,11 +274,21 @@ def _check_losses(values: dict[str, Any], step: type[Step]) -> dict[str, LossSpe
         known = [*registry("loss").names(), *step.own_losses]
         if rest["name"] not in known:
             raise ConfigError(f"{path}: no such loss. {nearest(str(rest['name']), known)}")
+        if name not in step.own_losses and not _compares(str(rest["name"])):
+            raise ConfigError(
+                f"{path}: {rest['name']!r} does not compare two pictures; a step may take it as a setting."
+            )
         if name in step.own_losses and len(rest) > 1:
             key = next(k for k in rest if k != "name")
             raise ConfigError(f"{path}.{key}: {name!r} takes only {', '.join(sorted(own))}.")
         found[name] = LossSpec(weighting, None if name in step.own_losses else check_component("loss", rest, path))
     return found
+
+
+def _compares(name: str) -> bool:
+    """Whether a registered loss takes a reconstruction and its target (adversarial losses and critics do not)."""
+    parameters = inspect.signature(registry("loss").resolve(name)[1].forward).parameters  # type: ignore[attr-defined]
+    return {"reconstruction", "target"} <= set(parameters)
 
 
 def _check_optims(values: dict[str, Any], step: type[Step]) -> dict[str, optim.Optimizer]:
@@ -309,4 +320,3 @@ def _within(key: str, value: float, low: float, high: float | None = None) -> No
     if value < low or (high is not None and value > high):
         span = f"at least {low}" if high is None else f"{low}..{high}"
         raise ConfigError(f"{key}: expected {span}, got {value}.")
-
