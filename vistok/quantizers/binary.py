@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from vistok.quantizers.base import MAX_ID_BITS, Positions, Quantized, Quantizer, require_positive, straight_through
 from vistok.quantizers.bits import bits_to_groups, groups_to_bits
+from vistok.quantizers.usage import UsageTracker
 from vistok.registry import register
 
 
@@ -52,6 +53,7 @@ class BinaryLatent(Quantizer):
             raise ValueError(f"train_temperature must be positive, got {train_temperature}; published is 0.1.")
         groups = 1 if num_bits <= MAX_ID_BITS else num_bits // 8
         super().__init__(dim, (2 ** (num_bits // groups),) * groups, in_dim=in_dim)
+        self.usage = UsageTracker(self.vocab_sizes, bitwise=True)
         self.num_bits = num_bits
         self.groups = groups
         self.train_temperature = train_temperature

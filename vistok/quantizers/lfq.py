@@ -10,6 +10,7 @@ from torch import Tensor
 from vistok.quantizers.base import MAX_ID_BITS, Positions, Quantized, Quantizer, require_positive, straight_through
 from vistok.quantizers.bits import BitOrder, bits_to_groups, groups_to_bits
 from vistok.quantizers.entropy import bits_entropies
+from vistok.quantizers.usage import UsageTracker
 from vistok.registry import register
 
 LARGEST_DISTRIBUTION = 22
@@ -42,6 +43,7 @@ class SignQuantizer(Quantizer):
             raise ValueError(f"bit_order is 'little' or 'big', got {bit_order!r}.")
         self.bits_per_group = dim // groups
         super().__init__(dim, (2**self.bits_per_group,) * groups)
+        self.usage = UsageTracker(self.vocab_sizes, bitwise=True)
         self.groups = groups
         self.bit_order: BitOrder = bit_order
         self.magnitude = magnitude

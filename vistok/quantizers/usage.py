@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vistok.quantizers.distributed import all_stack, all_sum, world_size
@@ -14,24 +17,28 @@ LARGEST_TABLE = 2**22
 class UsageTracker:
     """Sliding-window statistics of training ids.
 
-    Every forward writes its ids into a ring (padding as -1), which costs a copy of the ids. Every `every` forwards the
-    ring is summarised, over all processes; between two summaries the last one is returned. Plain tensors, neither
+    Every forward keeps a copy of its ids (padding as -1) and lets the oldest go. Every `every` forwards the window is
+    summarised, over all processes; between two summaries the last one is returned. Plain tensors, neither
     parameters nor buffers: a state dict does not know about them.
 
     Statistics, each a scalar, mean over groups:
         usage: Share of the vocabulary that occurs in the window (vocabularies up to 2^22).
         perplexity: exp of the entropy of the ids in the window.
         dead_age: Forwards since the longest unused id was last seen, from the `every`-th forward on.
-        bit_balance: Smallest 2 min(p, 1 - p) over the bits of the ids, 1 is balanced, 0 a constant bit; for
-            vocabularies of a power of two.
+        bit_balance: Smallest 2 min(p, 1 - p) over the bits of the ids, 1 is balanced, 0 a constant bit; for `bitwise`
+            quantizers.
 
     Args:
         vocab_sizes: Ids per group.
         window: Positions per process in the window; None for 8 per id, between 2^16 and 2^20.
         every: Forwards between two summaries.
+        bitwise: The bits of an id are independent channels; vocabularies are powers of two.
     """
 
-    def __init__(self, vocab_sizes: tuple[int, ...], *, window: int | None = None, every: int = 20) -> None:
+    def __init__(
+        self, vocab_sizes: tuple[int, ...], *, window: int | None = None, every: int = 20, bitwise: bool = False
+    ) -> None:
+        self.bitwise = bitwise
         self.vocab_sizes = vocab_sizes
         self.window = window if window is not None else min(max(8 * max(vocab_sizes), 2**16), 2**20)
         self.every = every
@@ -40,8 +47,8 @@ class UsageTracker:
     def reset(self) -> None:
         """Forget everything seen."""
         self.forwards = 0
-        self._ring: Tensor | None = None
-        self._written = self._marked = 0
+        self._chunks: deque[Tensor] = deque()  # (rows, G) each, together at least the window once it is full
+        self._held = self._unmarked = 0
         self._seen: list[Tensor] = []
         self._last: dict[str, Tensor] = {}
 
@@ -51,13 +58,13 @@ class UsageTracker:
         """Enter the ids of one training forward.
 
         Args:
-            ids: (B, N) or (B, N, G) int64; G may be smaller than the number of groups (dropped residual levels).
+            ids: (B, N) or (B, N, G) int64.
             mask: True where a position counts, (B, N).
 
         Returns:
             The latest summary. Every process has to call this equally often: summaries communicate.
         """
-        self._write(ids, mask)
+        self._keep(ids, mask)
         if self.forwards % self.every == 0:
             self._last = self.summary()
         self.forwards += 1
@@ -66,48 +73,49 @@ class UsageTracker:
             self._last["dead_age"] = torch.stack([age.amax() for age in self.ages()]).amax().float()
         return dict(self._last)
 
-    def _write(self, ids: Tensor, mask: Tensor | None) -> None:
-        groups = len(self.vocab_sizes)
-        rows = ids.detach().reshape(-1, ids.shape[-1] if ids.ndim == 3 else 1)
-        if mask is not None:
-            rows = torch.where(mask.reshape(-1, 1), rows, -1)
-        rows = rows[-self.window :]
-        ring = self._ring
-        if ring is None or ring.device != rows.device:
-            ring = torch.full((self.window, groups), -1, dtype=torch.int64, device=rows.device)
-            self._ring, self._written, self._marked, self._seen = ring, 0, 0, []
-        start, width = self._written % self.window, rows.shape[1]
-        head = min(len(rows), self.window - start)
-        for at, part in ((start, rows[:head]), (0, rows[head:])):
-            ring[at : at + len(part), :width] = part
-            ring[at : at + len(part), width:] = -1
-        self._written += len(rows)
+    def _keep(self, ids: Tensor, mask: Tensor | None) -> None:
+        rows = self._as_rows(ids, mask)[-self.window :]
+        if self._chunks and self._chunks[-1].device != rows.device:
+            self._chunks.clear()
+            self._held, self._seen = 0, []
+        self._chunks.append(rows)
+        self._held += len(rows)
+        self._unmarked = min(self._unmarked + len(rows), self.window)
+        while self._held - len(self._chunks[0]) >= self.window:
+            self._held -= len(self._chunks.popleft())
+
+    def _as_rows(self, ids: Tensor, mask: Tensor | None) -> Tensor:
+        """(B, N) or (B, N, G) as (B * N, G), -1 for padding; always a copy."""
+        small = torch.int32 if max(self.vocab_sizes) <= 2**31 else torch.int64
+        rows = ids.detach().reshape(-1, len(self.vocab_sizes)).to(small, copy=True)
+        return rows if mask is None else torch.where(mask.reshape(-1, 1), rows, -1)
 
     def counts(self) -> list[Tensor]:
         """Occurrences in the window, over all processes, one tensor a group.
 
         A table of all ids (vocab,), or, where that is smaller, the counts of the distinct ids that occur.
         """
-        return [self._count(self._rows(self._written), group, sort=True) for group in range(len(self.vocab_sizes))]
+        return [self._count(self._rows(self.window), group, sort=True) for group in range(len(self.vocab_sizes))]
 
     def _rows(self, last: int) -> Tensor:
-        """The `last` newest rows of the ring, (rows, G)."""
-        if self._ring is None:
+        """The `last` newest rows of the window, (rows, G)."""
+        if not self._chunks:
             return torch.empty((0, len(self.vocab_sizes)), dtype=torch.int64)
-        last = min(last, self.window)
-        if last == self.window:
-            return self._ring
-        start, end = (self._written - last) % self.window, self._written % self.window
-        return self._ring[start:end] if start <= end else torch.cat([self._ring[start:], self._ring[:end]])
+        rows, missing = [], last
+        for chunk in reversed(self._chunks):
+            rows.append(chunk[max(0, len(chunk) - missing) :])
+            missing -= len(rows[-1])
+            if missing <= 0:
+                break
+        return torch.cat(rows)
 
     def _count(self, rows: Tensor, group: int, *, sort: bool) -> Tensor:
         size, column = self.vocab_sizes[group], rows[:, group]
         alone = world_size() == 1
         if size <= LARGEST_TABLE and not (sort and alone and len(column) < size):
             return all_sum(torch.bincount(column + 1, minlength=size + 1)[1:])
-        if not alone:  # the whole ring: equal in size on every process
-            assert self._ring is not None
-            column = all_stack(self._ring[:, group]).reshape(-1)
+        if not alone:  # padded to the window: equal in size on every process
+            column = all_stack(F.pad(column, (0, self.window - len(column)), value=-1)).reshape(-1)
         distinct, counts = torch.unique(column, return_counts=True)
         present: Tensor = counts[distinct >= 0]
         return present
@@ -120,7 +128,7 @@ class UsageTracker:
         if max(self.vocab_sizes) <= LARGEST_TABLE:
             shares = [(c > 0).sum() / v for c, v in zip(counts, self.vocab_sizes)]
             found["usage"] = torch.stack(shares).mean()
-        if all(v & (v - 1) == 0 and v > 1 for v in self.vocab_sizes):
+        if self.bitwise:
             found["bit_balance"] = self._bit_balance()
         return found
 
@@ -133,16 +141,15 @@ class UsageTracker:
         return [self.forwards - s for s in self._seen]
 
     def _mark_seen(self) -> None:
-        recent = self._rows(self._written - self._marked)
-        self._marked = self._written
+        recent = self._rows(self._unmarked)
+        self._unmarked = 0
         if not self._seen:
             self._seen = [torch.zeros(v, dtype=torch.int32, device=recent.device) for v in self.vocab_sizes]
         for group, seen in enumerate(self._seen):
             seen[self._count(recent, group, sort=False) > 0] = self.forwards
 
     def _bit_balance(self) -> Tensor:
-        assert self._ring is not None
-        rows = self._rows(self._written)
+        rows = self._rows(self.window)
         valid = rows[:, :1] >= 0
         smallest = []
         total = all_sum(valid.sum()).clamp_min(1)

@@ -1,0 +1,80 @@
+"""Two gloo processes equal one process on the joint batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from tests.quantizers import two_processes as tp
+from tests.quantizers.zoo import build
+
+pytestmark = pytest.mark.dist
+
+CASES = sorted(
+    f"{kind}/{split}/{masked}"
+    for kind in tp.DETERMINISTIC
+    for split in tp.SPLITS
+    for masked in ("whole", "masked")
+    if not (kind == "multiscale" and masked == "masked")
+)
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """Results of both processes; they have 60 seconds."""
+    folder = tmp_path_factory.mktemp("gloo")
+    context = mp.spawn(tp.work, args=(str(folder),), nprocs=2, join=False)
+    try:
+        finished = context.join(timeout=60)
+        while not finished and any(p.is_alive() for p in context.processes):
+            finished = context.join(timeout=60)
+            if not finished and all(p.is_alive() for p in context.processes):
+                pytest.fail("the two processes hang")
+    finally:
+        for process in context.processes:
+            process.kill()
+    return [torch.load(folder / f"rank{r}.pt") for r in range(2)]
+
+
+@pytest.fixture(scope="module")
+def joint():
+    return tp.one_step_each(None)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_equal_one_on_the_joint_batch(ranks, joint, case):
+    expected = joint[case]
+    first, second = (r["steps"][case] for r in ranks)
+    for key, want in expected.items():
+        if key == "z":  # DDP averages gradients, so each process' share carries a factor of two
+            found = torch.cat([first[key], second[key]]) / 2
+        elif key.startswith(("loss", "param")):
+            found = (first[key] + second[key]) / 2
+        else:
+            assert torch.equal(first[key], second[key]), f"{key} differs between the processes"
+            found = first[key]
+        torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-6, msg=lambda text, k=key: f"{k}: {text}")
+
+
+@pytest.mark.parametrize("kind", ["vq_ema", "cvq", "residual_dropout"])
+def test_codebooks_stay_bit_equal_over_fifty_uneven_steps(ranks, kind):
+    first, second = (r[kind] for r in ranks)
+    assert all(torch.equal(first[k], second[k]) for k in first)
+    start = build(kind).state_dict()
+    assert any(not torch.equal(first[k], start[k]) for k in first)
+
+
+def test_quantize_dropout_draws_the_same_levels(ranks):
+    assert torch.equal(ranks[0]["levels"], ranks[1]["levels"])
+    assert len(set(ranks[0]["levels"].tolist())) > 1
+
+
+def test_a_quantizer_built_before_the_process_group_is_synchronised(ranks, joint):
+    loss = (ranks[0]["early"]["loss"] + ranks[1]["early"]["loss"]) / 2
+    torch.testing.assert_close(loss, joint["lfq/even/whole"]["loss"])
+
+
+def test_ddp_gives_the_gradient_of_the_joint_batch(ranks, joint):
+    assert torch.equal(ranks[0]["ddp"], ranks[1]["ddp"])
+    torch.testing.assert_close(ranks[0]["ddp"], joint["vq_entropy/uneven/whole"]["param 0"], rtol=1e-4, atol=1e-6)
