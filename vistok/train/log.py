@@ -67,10 +67,20 @@ class Log:
         out: Folder of the run.
         steps: Steps of the whole run.
         start: Step the run begins or continues at; later lines of an earlier attempt are dropped.
+        seconds: Seconds of training before `start`.
         images_per_step: Pictures per step over all processes.
     """
 
-    def __init__(self, accelerator: Accelerator, out: Path, *, steps: int, start: int, images_per_step: int) -> None:
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        out: Path,
+        *,
+        steps: int,
+        start: int,
+        seconds: float,
+        images_per_step: int,
+    ) -> None:
         from rich.console import Console
 
         self.accelerator, self.path, self.steps = accelerator, out / METRICS, steps
@@ -80,7 +90,7 @@ class Log:
         self.console = Console(quiet=not self.writes)
         self._bar: Any = None
         self._task: Any = None
-        self._mark = (time.perf_counter(), start)
+        self._mark = (start, seconds, 0.0)
         self._said = (time.perf_counter(), start)
         if self.writes:
             self._file = self._continue(start)
@@ -107,13 +117,20 @@ class Log:
         if self._bar is not None:
             self._bar.update(self._task, completed=step)
 
-    def write(self, step: int, facts: Mapping[str, float]) -> dict[str, float]:
-        """Write one line after `step` finished steps: the means since the last one, speed, and `facts`."""
-        now = time.perf_counter()
-        seconds, done = now - self._mark[0], step - self._mark[1]
-        self._mark = (now, step)
-        speed = done * self.images_per_step / max(seconds, 1e-9)
-        row = {"step": step, **self.means.take(self.accelerator), "images_per_s": speed, **facts}
+    def write(self, step: int, seconds: float, waited: float, facts: Mapping[str, float]) -> dict[str, float]:
+        """Write one line: means since the last one, speed, share of waiting for data, and `facts`.
+
+        Args:
+            step: Steps finished.
+            seconds: Seconds of training so far.
+            waited: Seconds of them spent waiting for data, in this process.
+            facts: Further figures.
+        """
+        spent = max(seconds - self._mark[1], 1e-9)
+        speed = (step - self._mark[0]) * self.images_per_step / spent
+        row = {"step": step, **self.means.take(self.accelerator), "images_per_s": speed, "seconds": seconds}
+        row |= {"data_wait": (waited - self._mark[2]) / spent, **facts}
+        self._mark = (step, seconds, waited)
         row = {k: v if isinstance(v, int) else float(f"{v:.7g}") for k, v in row.items()}
         self.record(row)
         self._say(row)

@@ -34,8 +34,8 @@ def train(recipe: Recipe, *, command: str = "") -> TrainResult:
         >>> result = train(load("recipes/quickstart.yaml", ["train.steps=100"]))
     """
     run = build.start(recipe)
-    batch = recipe.train.global_batch
-    log = Log(run.accelerator, run.out, steps=recipe.train.steps, start=run.step, images_per_step=batch)
+    steps, batch = recipe.train.steps, recipe.train.global_batch
+    log = Log(run.accelerator, run.out, steps=steps, start=run.step, seconds=run.seconds, images_per_step=batch)
     try:
         log.say(outcome.greeting(run))
         with StopSignal() as stop:
@@ -63,7 +63,7 @@ def _loop(run: Run, log: Log, stop: StopSignal) -> Reason:
             over = reason != "done" or run.step == config.steps
             log.advance(run.step)
             if run.step % config.log_every == 0 or over:
-                log.write(run.step, {**lrs, **_facts(run)})
+                log.write(run.step, run.seconds, run.loader.waited, {**lrs, **_facts(run)})
             if every and run.step % every == 0 and not over:
                 figures = outcome.evaluate(run, run.out / "eval" / f"step_{run.step:09d}", "")
                 log.record({"step": run.step, **{f"eval/{name}": value for name, value in figures.items()}})
@@ -142,14 +142,8 @@ def _figures(run: Run, part: Part) -> dict[str, Tensor]:
 
 
 def _facts(run: Run) -> dict[str, float]:
-    """What the log says besides losses and speed."""
-    waited = run.loader.waited / max(run.seconds, 1e-9)
-    return {
-        "seconds": run.seconds,
-        "data_wait": waited,
-        "skipped_steps": run.guard.total,
-        "skipped_samples": sum(run.loader.skipped.values()),
-    }
+    """What was left out so far."""
+    return {"skipped_steps": run.guard.total, "skipped_samples": sum(run.loader.skipped.values())}
 
 
 def _key(run: Run, name: str, part: str) -> str:

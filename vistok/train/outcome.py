@@ -29,7 +29,7 @@ class TrainResult:
         step: Steps finished.
         resumed: Step it was continued at, None for a new run.
         seconds: Seconds of training, over all continuations.
-        figures: Held-out figures by metric, empty without evaluation.
+        figures: Held-out figures and baselines by name, empty without evaluation.
         files: What was written, with one line each on what it is.
     """
 
@@ -79,7 +79,7 @@ def evaluate(run: Run, folder: Path, command: str) -> dict[str, float]:
                 command=command,
                 history=history(run.out / METRICS),
             )
-        figures = dict(result.figures)
+        figures = {**result.figures, **result.baselines}
     run.accelerator.wait_for_everyone()
     return figures
 
@@ -126,8 +126,14 @@ def written(out: Path) -> dict[Path, str]:
         out / "tensorboard": "the same for TensorBoard",
     }
     newest = {folder: "the newest checkpoint" for folder in checkpoint.folders(out)[-1:]}
-    report = {file: "evaluation" for file in sorted((out / EVALUATION).glob("*.*"))}
-    return {path: words for path, words in {**known, **newest, **report}.items() if path.exists()}
+    report = {
+        out / EVALUATION / "report.html": "everything on one page",
+        out / EVALUATION / "reconstructions.png": "held-out pictures and what the tokens keep of them",
+        out / EVALUATION / "curves.png": "losses and rates over the training",
+        out / EVALUATION / "metrics.json": "held-out figures and what they depend on",
+        out / EVALUATION / "pictures.jsonl": "the figures of each picture",
+    }
+    return {path: words for path, words in {**report, **known, **newest}.items() if path.exists()}
 
 
 def closing_message(result: TrainResult, signal: str) -> str:
