@@ -178,6 +178,12 @@ for _asset in (
                 url="https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
                 "weights-inception-2015-12-05-6726825d.pth",
             ),
+            Source(
+                filename="pt_inception-2015-12-05-6726825d.pth",
+                sha256="6726825d",
+                url="https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+                "pt_inception-2015-12-05-6726825d.pth",
+            ),
         ),
     ),
     Asset(

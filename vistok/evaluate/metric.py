@@ -56,6 +56,16 @@ def build_metrics(
     return built, skipped
 
 
+def add_up(state: Tensor) -> None:
+    """Sum a tensor over all processes, in place; nothing to do on one."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    on_device = state.cuda() if dist.get_backend() == "nccl" else state  # NCCL takes no CPU tensor
+    dist.all_reduce(on_device)
+    if on_device is not state:
+        state.copy_(on_device)
+
+
 class Metric(nn.Module):
     """A figure over pairs of pictures. A subclass implements `measure` and states the facts below.
 
@@ -120,9 +130,8 @@ class Metric(nn.Module):
 
     def gather(self) -> None:
         """Add up the state of all processes. Call it once, after the last update, on every process."""
-        if dist.is_available() and dist.is_initialized():
-            for buffer in self.sums():
-                dist.all_reduce(buffer)
+        for buffer in self.sums():
+            add_up(buffer)
 
     def sums(self) -> list[Tensor]:
         """The state that adds up over processes."""
@@ -142,6 +151,15 @@ class Metric(nn.Module):
         if not self.count:
             raise ValueError(f"{self.title} has seen no picture: call update first.")
         return float(self.total / self.count)
+
+    @property
+    def label(self) -> str:
+        """What the figure may be called, given what was seen; the title unless a metric knows better."""
+        return self.title
+
+    def details(self) -> dict[str, float]:
+        """Further figures that fall out of the same pass."""
+        return {}
 
     def protocol(self) -> dict[str, Any]:
         """What the figure depends on, for JSON."""

@@ -306,7 +306,7 @@ def figure_of(metric: Any, value: float, interval: tuple[float, float] | None = 
         interval: Ends of a 95 % interval.
     """
     return Figure(
-        title=metric.title,
+        title=metric.label,
         value=value,
         unit=metric.unit,
         decimals=metric.decimals,

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+
+from vistok.evaluate.metric import add_up
 
 LARGEST_VOCABULARY = 2**24
 
@@ -60,11 +61,8 @@ class CodebookUsage:
 
     def gather(self) -> None:
         """Add up the counts of all processes. Call it once, after the last update, on every process."""
-        if dist.is_available() and dist.is_initialized():
-            for counts in (*self.counts, self.pictures):
-                on_device = counts.cuda() if dist.get_backend() == "nccl" else counts
-                dist.all_reduce(on_device)
-                counts.copy_(on_device)
+        for counts in (*self.counts, self.pictures):
+            add_up(counts)
 
     def compute(self) -> dict[str, float]:
         """The figures; of several groups the mean over groups, entropy and bits their sum.

@@ -1,0 +1,260 @@
+"""Distances between the distributions of originals and reconstructions: rFID with IS, and `fd_effnet_lite0`."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vistok import assets
+from vistok.evaluate.fid import FeatureStatistics, frechet_distance, read_statistics
+from vistok.evaluate.metric import Metric, add_up
+from vistok.image import to_uint8
+from vistok.losses.base import check_pair, freeze
+from vistok.registry import register
+
+PUBLISHED_N = 50_000  # published rFID is measured on this many pictures
+LEAST_N = 2048  # below, the covariance of 2048 features has no full rank
+SMALLEST_SIDE = 16
+
+
+class FrechetMetric(Metric):
+    """A Frechet distance between features of reconstructions and of originals (or of a reference file).
+
+    A subclass implements `features`. Pictures are rounded to 8 bits in any case.
+    """
+
+    higher_is_better = False
+    span = (0.0, float("inf"))
+    decimals = 3
+    least = SMALLEST_SIDE
+    per_picture = False
+    dim: ClassVar[int]
+
+    def __init__(self, *, rounding: bool, reference: Path | None) -> None:
+        if not rounding:
+            raise ValueError(f"{self.title} is defined on 8-bit pictures: leave rounding on.")
+        super().__init__(rounding=True)
+        self.fake = FeatureStatistics(self.dim)
+        self.real = FeatureStatistics(self.dim)
+        self.reference = None if reference is None else read_statistics(reference)
+        self.reference_sha256 = None if reference is None else assets.sha256(reference)
+
+    def features(self, pictures: Tensor) -> Tensor:
+        """Features (B, dim) of uint8 pictures (B, 3, H, W)."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def update(self, reconstruction: Tensor, target: Tensor) -> Tensor:
+        """Enter a batch, see `Metric.update`; there are no values per picture, so the result is empty, (0,)."""
+        check_pair(reconstruction, target, least=self.least)
+        with torch.autocast(target.device.type, enabled=False):
+            self.fake.update(self._watched(to_uint8(reconstruction.float())))
+            if self.reference is None:
+                self.real.update(self.features(to_uint8(target.float())))
+        self.count += len(target)
+        return reconstruction.new_empty(0)
+
+    def _watched(self, pictures: Tensor) -> Tensor:
+        """Features of reconstructions; a subclass may look at more on the way."""
+        return self.features(pictures)
+
+    def gather(self) -> None:
+        """Add up the state of all processes. Call it once, after the last update, on every process."""
+        super().gather()
+        self.fake.gather()
+        self.real.gather()
+
+    def reset(self) -> None:
+        """Forget everything seen."""
+        super().reset()
+        self.fake.reset()
+        self.real.reset()
+
+    def compute(self) -> float:
+        """The distance over everything seen.
+
+        Raises:
+            ValueError: Fewer than two pictures were seen, or the reference file has features of another width.
+        """
+        return frechet_distance(self.fake.moments(), self.reference or self.real.moments())
+
+    def protocol(self) -> dict[str, Any]:
+        """What the figure depends on, for JSON."""
+        against = "the originals" if self.reference is None else "a reference file"
+        return {
+            **super().protocol(),
+            "against": against,
+            "reference_sha256": self.reference_sha256,
+            "n": int(self.count),
+        }
+
+
+@register("metric", "rfid")
+class ReconstructionFid(FrechetMetric):
+    """Frechet distance on the 2048 features of the FID Inception network, and the Inception score on the way.
+
+    The network is torch-fidelity's (extra `metrics`), its weights are yours to supply. pytorch-fid's network is the same
+    bit for bit, but it is fed differently, see `resize`. The label carries the number of pictures below 50,000, and is
+    not `rFID` below 2048. The Inception score of the reconstructions (1008 unbiased logits, one split) is in `details`.
+
+    Args:
+        rounding: Has to stay on.
+        weights: The Inception file of torch-fidelity or pytorch-fid (one file under two names), None looks for it.
+        reference: An .npz of reference statistics (ADM, pytorch-fid, ours) instead of the originals.
+        resize: `tensorflow`: corner-aligned pixels and (x - 128) / 128, the original graph and torch-fidelity;
+            `pytorch_fid`: centred pixels and 2 x / 255 - 1, which moves features by up to about 1 %.
+
+    Raises:
+        ImportError: torch-fidelity is not installed.
+        AssetError: No weights on this machine; the message lists where they can come from.
+    """
+
+    title = "rFID"
+    dim = 2048
+    definition = "Frechet distance, Inception-v3 2015-12-05 pool3, bilinear resize to 299 without antialias"
+
+    def __init__(
+        self,
+        *,
+        rounding: bool = True,
+        weights: Path | None = None,
+        reference: Path | None = None,
+        resize: Literal["tensorflow", "pytorch_fid"] = "tensorflow",
+    ) -> None:
+        super().__init__(rounding=rounding, reference=reference)
+        path = assets.find("inception", weights)
+        self.weights_sha256 = assets.sha256(path)
+        self.resize = resize
+        self.network = _inception(path)
+        self._resized: Tensor | None = None
+        if resize == "pytorch_fid":  # torch-fidelity resizes inside, so the first convolution gets ours in its place
+            self.network.Conv2d_1a_3x3.register_forward_pre_hook(lambda module, inputs: (self._resized,))
+        freeze(self)
+        self.log_likelihood = torch.zeros((), dtype=torch.float64)
+        self.marginal = torch.zeros(1008, dtype=torch.float64)
+
+    @property
+    def label(self) -> str:
+        """`rFID`, with the number of pictures where it is not the published 50,000."""
+        n = int(self.count)
+        if n < LEAST_N:
+            return f"Inception Frechet distance (N={n}, too few for rFID)"
+        return "rFID" if n >= PUBLISHED_N else f"rFID (N={n})"
+
+    def features(self, pictures: Tensor) -> Tensor:
+        """The 2048 pooled features, (B, 2048)."""
+        return self._run(pictures)[0]
+
+    def _run(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        if self.resize == "pytorch_fid":
+            self._resized = 2.0 * F.interpolate(pictures.float() / 255.0, size=(299, 299), mode="bilinear") - 1.0
+        return self.network(pictures)
+
+    def _watched(self, pictures: Tensor) -> Tensor:
+        features, logits = self._run(pictures)
+        log_p = logits.double().log_softmax(1).cpu()
+        self.log_likelihood += (log_p.exp() * log_p).sum()
+        self.marginal += log_p.exp().sum(0)
+        return features
+
+    def gather(self) -> None:
+        """See `Metric.gather`."""
+        super().gather()
+        add_up(self.log_likelihood)
+        add_up(self.marginal)
+
+    def reset(self) -> None:
+        """Forget everything seen."""
+        super().reset()
+        self.log_likelihood.zero_()
+        self.marginal.zero_()
+
+    def details(self) -> dict[str, float]:
+        """`inception_score` of the reconstructions and `n`."""
+        n = int(self.count)
+        marginal = self.marginal / n
+        entropy = -(marginal * marginal.clamp_min(1e-300).log()).sum()
+        return {"inception_score": float((self.log_likelihood / n + entropy).exp()), "n": n}
+
+    def protocol(self) -> dict[str, Any]:
+        """What the figure depends on, for JSON."""
+        return {**super().protocol(), "resize": self.resize}
+
+
+@register("metric", "fd_effnet_lite0")
+class EfficientNetDistance(FrechetMetric):
+    """Frechet distance on the 1280 pooled features of EfficientNet-Lite0; works offline and is not an FID.
+
+    Pictures are resized to 224 x 224 (bicubic, antialias). It ranks degradations as FID does and its values mean
+    nothing beside published FIDs, hence its own name.
+
+    Args:
+        rounding: Has to stay on.
+        weights: The weight file of the carrier package, None looks for it.
+        reference: An .npz of reference statistics on these features instead of the originals.
+
+    Raises:
+        AssetError: No weights on this machine; the message lists where they can come from.
+    """
+
+    title = "FD EfficientNet-Lite0"
+    dim = 1280
+    decimals = 2
+    definition = "Frechet distance, EfficientNet-Lite0 pooled features at 224 px; not comparable with FID"
+
+    def __init__(self, *, rounding: bool = True, weights: Path | None = None, reference: Path | None = None) -> None:
+        super().__init__(rounding=rounding, reference=reference)
+        path = assets.find("efficientnet_lite0", weights)
+        self.weights_sha256 = assets.sha256(path)
+        self.network = _effnet_lite0(path)
+        freeze(self)
+
+    @property
+    def label(self) -> str:
+        """The title with the number of pictures."""
+        return f"{self.title} (N={int(self.count)})"
+
+    def features(self, pictures: Tensor) -> Tensor:
+        """The 1280 pooled features, (B, 1280)."""
+        x = F.interpolate(pictures.float() / 255.0, size=(224, 224), mode="bicubic", antialias=True).clamp(0.0, 1.0)
+        network: Any = self.network
+        return network.forward_head(network.forward_features((x - 0.5) / 0.5), pre_logits=True)
+
+
+def _inception(path: Path) -> Any:
+    """torch-fidelity's network with weights that were read inertly.
+
+    It unpickles a file without restriction, so it is given a copy that holds nothing but the tensors.
+    """
+    table = assets.read_tensors(path)
+    try:
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    except ImportError as err:
+        raise ImportError("rFID needs torch-fidelity: pip install 'vistok[metrics]'.") from err
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "inception.pth"
+        torch.save(table, copy)
+        try:
+            return FeatureExtractorInceptionV3(
+                "vistok", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(copy)
+            )
+        except RuntimeError as err:
+            raise assets.UnreadableError(f"{path} is not the FID Inception network: {err}") from err
+
+
+def _effnet_lite0(path: Path) -> nn.Module:
+    import timm
+
+    network = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+    table = list(assets.read_tensors(path).values())
+    wanted = network.state_dict()
+    # the carrier's names differ from timm's, its order does not
+    if [t.shape for t in table] != [t.shape for t in wanted.values()]:
+        raise assets.UnreadableError(f"{path} does not hold the tensors of EfficientNet-Lite0 in their order.")
+    network.load_state_dict(dict(zip(wanted, table)))
+    return network
