@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch.multiprocessing as mp
 
 import vistok
 from tests.fill import image
+from vistok.evaluate.fid import FeatureStatistics, Moments, frechet_distance
 from vistok.evaluate.usage import CodebookUsage
 
 METRICS = ("psnr", "ssim", "lpips_alex")
@@ -25,6 +27,13 @@ def figures(x: torch.Tensor, y: torch.Tensor, ids: torch.Tensor, logits: torch.T
         metric.update(x, y)
         metric.gather()
         found[name] = metric.compute()
+    statistics = FeatureStatistics(32)
+    statistics.update(x[:, :, :2, :].flatten(1)[:, :32])
+    statistics.gather()
+    moments = statistics.moments()
+    whole = replace(moments, factor=None)
+    zero = Moments(mean=torch.zeros(32).double(), covariance=torch.eye(32).double())
+    found |= {"frechet": frechet_distance(moments, zero), "frechet_from_covariance": frechet_distance(whole, zero)}
     usage = CodebookUsage((16,))
     usage.update(ids)
     usage.gather()

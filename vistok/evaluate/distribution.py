@@ -98,9 +98,10 @@ class FrechetMetric(Metric):
 class ReconstructionFid(FrechetMetric):
     """Frechet distance on the 2048 features of the FID Inception network, and the Inception score on the way.
 
-    The network is torch-fidelity's (extra `metrics`), its weights are yours to supply. pytorch-fid's network is the same
-    bit for bit, but it is fed differently, see `resize`. The label carries the number of pictures below 50,000, and is
-    not `rFID` below 2048. The Inception score of the reconstructions (1008 unbiased logits, one split) is in `details`.
+    The network is torch-fidelity's (extra `metrics`), its weights are yours to supply. pytorch-fid's network is the
+    same bit for bit, but it is fed differently, see `resize`. The label carries the number of pictures below 50,000,
+    and is not `rFID` below 2048. The Inception score of the reconstructions (1008 unbiased logits, one split) is in
+    `details`.
 
     Args:
         rounding: Has to stay on.
