@@ -99,7 +99,7 @@ def check_call(builder: Callable[..., Any], values: Mapping[str, Any], *, path: 
     Raises:
         ConfigError: Unknown key, missing key or wrong type.
     """
-    parameters = _schema(builder)
+    parameters = schema(builder)
     for key in values:
         if key not in parameters:
             raise ConfigError(f"{_join(path, key)}: {what} has no such key. {nearest(key, parameters)}")
@@ -259,8 +259,12 @@ def _join(path: str, key: object) -> str:
     return f"{path}.{key}" if path else str(key)
 
 
-def _schema(builder: Callable[..., Any]) -> dict[str, tuple[Any, bool]]:
-    """Parameter name -> (annotation, required) of a callable."""
+def schema(builder: Callable[..., Any]) -> dict[str, tuple[Any, bool]]:
+    """Parameter name -> (annotation, required) of a callable.
+
+    Raises:
+        TypeError: It takes `*args` or `**kwargs`, which would let any key through.
+    """
     target = builder.__init__ if inspect.isclass(builder) else builder
     if getattr(target, "__module__", "").startswith("torch.nn."):  # a module without a constructor of its own
         return {}
@@ -292,7 +296,7 @@ def _check_dataclass(value: Any, annotation: Any, path: str) -> Any:
     if isinstance(value, annotation):
         return value
     if not isinstance(value, Mapping):
-        raise ConfigError(f"{path}: expected a mapping with {', '.join(_schema(annotation))}, got {value!r}.")
+        raise ConfigError(f"{path}: expected a mapping with {', '.join(schema(annotation))}, got {value!r}.")
     return annotation(**check_call(annotation, value, path=path, what=f"'{path or annotation.__name__}'"))
 
 

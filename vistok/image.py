@@ -255,17 +255,31 @@ def find_pictures(source: str | Path) -> list[Path]:
     Raises:
         FileNotFoundError: Nothing there; says what was looked for.
     """
+    return find_files(source, EXTENSIONS, "pictures")
+
+
+def find_files(source: str | Path, extensions: Sequence[str], what: str) -> list[Path]:
+    """Files of a path, a folder (recursively, by extension, hidden ones left out) or a glob pattern, sorted.
+
+    Args:
+        source: What the user wrote; a file that exists is taken whatever its name.
+        extensions: Endings that count inside a folder, lower case with the dot.
+        what: What is looked for, for the message.
+
+    Raises:
+        FileNotFoundError: Nothing there; says what was looked for.
+    """
     import glob
 
     path = Path(source)
     if path.is_file():
         return [path]
     if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.suffix.lower() in EXTENSIONS and _is_visible_file(p))
+        found = sorted(p for p in path.rglob("*") if p.suffix.lower() in extensions and _is_visible_file(p))
     else:
         found = sorted(Path(p) for p in glob.glob(str(source), recursive=True) if Path(p).is_file())
     if not found and path.is_dir():
-        raise FileNotFoundError(f"There are no pictures in {str(source)!r} (looked for {', '.join(EXTENSIONS)}).")
+        raise FileNotFoundError(f"There are no {what} in {str(source)!r} (looked for {', '.join(extensions)}).")
     if not found:
         raise FileNotFoundError(f"There is no file or folder {str(source)!r}, and no file fits it as a pattern.")
     return found

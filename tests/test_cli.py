@@ -1,0 +1,343 @@
+"""The command line: files in, files out, one clear line for every error a user can cause."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+import vistok
+from vistok.cli import run
+from vistok.cli.errors import is_users, message
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a tiny random tokenizer: 16 tokens of 8 bits, 64 x 64 pixels."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("model")
+    return str(vistok.create("tokenizer", "titok_tiny").eval().save_pretrained(folder))
+
+
+@pytest.fixture
+def pictures(tmp_path: Path, photos: list[Path]) -> Path:
+    """A folder with two photographs, one of them further down, and a file that is no picture."""
+    folder = tmp_path / "pictures"
+    (folder / "inner").mkdir(parents=True)
+    (folder / "cat.jpg").write_bytes(photos[1].read_bytes())
+    (folder / "inner" / "cup.jpg").write_bytes(photos[2].read_bytes())
+    (folder / "notes.txt").write_text("no picture")
+    return folder
+
+
+def failed(capsys: pytest.CaptureFixture[str], *arguments: Any, code: int = 2) -> str:
+    """Run a command that fails; its one line on stderr."""
+    assert run([str(a) for a in arguments]) == code
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def ran(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
+    """Run a command that works; what it printed."""
+    code = run([str(a) for a in arguments])
+    output = capsys.readouterr()
+    assert (code, output.err) == (0, "")
+    return output.out
+
+
+# -- encode, decode, reconstruct -----------------------------------------------------------------------------------
+
+
+def test_encode_writes_one_file_per_picture_at_its_exact_size(
+    capsys: Any, model: str, pictures: Path, tmp_path: Path
+) -> None:
+    said = ran(capsys, "encode", model, pictures, "--out", tmp_path / "out")
+    found = sorted((tmp_path / "out").rglob("*.*"))
+    assert [f.relative_to(tmp_path / "out").as_posix() for f in found] == ["cat.vtok", "inner/cup.vtok"]
+    assert [f.stat().st_size for f in found] == [32, 32]
+    assert "64 bytes, 32 per picture" in said
+
+
+def test_decode_gives_what_the_model_decodes(capsys: Any, model: str, pictures: Path, tmp_path: Path) -> None:
+    ran(capsys, "encode", model, pictures, "--out", tmp_path / "ids")
+    ran(capsys, "decode", model, tmp_path / "ids", "--out", tmp_path / "back")
+    tokenizer = vistok.load(model)
+    expected = vistok.image.to_pictures(tokenizer.decode(tokenizer.encode(pictures / "cat.jpg")))[0]
+    with Image.open(tmp_path / "back" / "cat.png") as found:
+        assert found.tobytes() == expected.tobytes()
+    assert (tmp_path / "back" / "inner" / "cup.png").is_file()
+
+
+def test_patterns_and_several_sources_are_taken_once(capsys: Any, model: str, pictures: Path, tmp_path: Path) -> None:
+    sources = [pictures / "cat.jpg", f"{pictures}/*.jpg"]
+    assert ran(capsys, "encode", model, *sources, "--out", tmp_path / "out").startswith("1 pictures")
+
+
+def test_reconstruct_writes_pictures_and_a_comparison(capsys: Any, model: str, pictures: Path, tmp_path: Path) -> None:
+    ran(capsys, "reconstruct", model, pictures, "--out", tmp_path / "out")
+    names = sorted(f.relative_to(tmp_path / "out").as_posix() for f in (tmp_path / "out").rglob("*.png"))
+    assert names == ["cat.png", "comparison.png", "inner/cup.png"]
+
+
+def test_reconstruct_takes_several_token_counts(capsys: Any, model: str, pictures: Path, tmp_path: Path) -> None:
+    ran(capsys, "reconstruct", model, pictures / "cat.jpg", "--out", tmp_path / "out", "--tokens", "16")
+    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == ["cat.16.png", "comparison.16.png"]
+
+
+def test_a_broken_picture_is_named_and_the_others_are_done(
+    capsys: Any, model: str, pictures: Path, tmp_path: Path
+) -> None:
+    (pictures / "broken.png").write_text("no picture")
+    line = failed(capsys, "encode", model, pictures, "--out", tmp_path / "out")
+    assert line == f"Error: {pictures}/broken.png is not a picture that Pillow reads."
+    assert len(list((tmp_path / "out").rglob("*.vtok"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (lambda d: d[:20] + bytes([d[20] ^ 4]) + d[21:], "damaged: its checksum does not fit"),
+        (lambda d: d[:-3], "damaged: its checksum does not fit"),
+        (lambda d: b"", "not a .vtok file"),
+        (lambda d: d[:4] + b"\0\0\0\0" + d[8:], "damaged"),
+    ],
+)
+def test_a_damaged_container_is_one_line(
+    capsys: Any, model: str, pictures: Path, tmp_path: Path, damage: Any, expected: str
+) -> None:
+    ran(capsys, "encode", model, pictures / "cat.jpg", "--out", tmp_path)
+    file = tmp_path / "cat.vtok"
+    file.write_bytes(damage(file.read_bytes()))
+    line = failed(capsys, "decode", model, file, "--out", tmp_path / "back")
+    assert line.startswith(f"Error: {file}: ")
+    assert expected in line
+
+
+def test_a_container_of_another_model_is_one_line(capsys: Any, model: str, pictures: Path, tmp_path: Path) -> None:
+    ran(capsys, "encode", model, pictures / "cat.jpg", "--out", tmp_path)
+    other = vistok.create("tokenizer", "titok_tiny").save_pretrained(tmp_path / "other")
+    line = failed(capsys, "decode", other, tmp_path / "cat.vtok", "--out", tmp_path / "back")
+    assert re.search(r"cat.vtok: Model [0-9a-f]{8} wrote this .vtok file; the one given is [0-9a-f]{8}", line)
+
+
+def test_results_are_not_replaced_unless_asked(capsys: Any, model: str, pictures: Path, tmp_path: Path) -> None:
+    command = ["encode", model, pictures, "--out", tmp_path / "out"]
+    ran(capsys, *command)
+    assert "cat.vtok and 1 more exist already. Give --overwrite" in failed(capsys, *command)
+    ran(capsys, *command, "--overwrite")
+
+
+def test_two_files_for_one_result_are_refused(capsys: Any, model: str, pictures: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(pictures / "cat.png")
+    line = failed(capsys, "encode", model, pictures, "--out", tmp_path / "out")
+    assert "would both become" in line
+    assert not (tmp_path / "out").exists()
+
+
+# -- eval, train, bench --------------------------------------------------------------------------------------------
+
+
+def test_eval_writes_figures_and_says_where(capsys: Any, model: str, pictures: Path, tmp_path: Path) -> None:
+    said = ran(capsys, "eval", model, "--data", pictures, "--metrics", "psnr,ssim", "--out", tmp_path / "out")
+    figures = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert sorted(figures["figures"]) == ["psnr", "ssim"]
+    assert figures["protocol"]["model"]["name"] == model
+    assert f"Wrote {tmp_path}/out/report.html" in said
+
+
+def test_eval_takes_several_sources(capsys: Any, model: str, pictures: Path, tmp_path: Path) -> None:
+    data = f"{pictures}/cat.jpg, {pictures}/inner"
+    said = ran(capsys, "eval", model, "--data", data, "--metrics", "psnr", "--out", tmp_path / "out")
+    assert said.splitlines()[0].startswith("2 pictures")
+
+
+def test_eval_names_what_it_skipped(capsys: Any, model: str, pictures: Path, tmp_path: Path) -> None:
+    (pictures / "broken.png").write_text("no picture")
+    line = failed(capsys, "eval", model, "--data", pictures, "--metrics", "psnr", "--out", tmp_path / "out")
+    assert "broken.png is not a picture" in line
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["pictures"] == 2
+
+
+def test_bench_writes_what_it_prints(capsys: Any, tmp_path: Path) -> None:
+    command = ["bench", "tokenizer", "--model", "titok_tiny", "--batch", 1, "--rounds", 1, "--out", tmp_path / "b.json"]
+    said = ran(capsys, *command)
+    assert {row["operation"] for row in json.loads((tmp_path / "b.json").read_text())["rows"]} == {"encode", "decode"}
+    assert "Ids that bf16 leaves equal" in said
+
+
+# -- list, info ----------------------------------------------------------------------------------------------------
+
+
+def test_list_without_a_kind_shows_all_kinds(capsys: Any) -> None:
+    said = ran(capsys, "list")
+    assert all(f"\n{kind}" in "\n" + said for kind in ("tokenizer", "quantizer", "metric", "dataset", "loss", "step"))
+
+
+def test_list_takes_a_kind_and_a_pattern(capsys: Any) -> None:
+    names = [line.split()[0] for line in ran(capsys, "list", "tokenizer", "titok_s*").splitlines()[1:]]
+    assert names == ["titok_s128.in1k", "titok_sl256_vq8k.in1k"]
+
+
+def test_list_takes_a_pattern_alone(capsys: Any) -> None:
+    assert "lpips_alex" in ran(capsys, "list", "lpips*")
+
+
+def test_list_pretrained_shows_only_published_weights(capsys: Any) -> None:
+    said = ran(capsys, "list", "--pretrained")
+    assert "titok_s128.in1k" in said
+    assert "titok_tiny" not in said
+
+
+def test_info_of_a_preset_shows_licences_figures_and_sizes(capsys: Any) -> None:
+    said = ran(capsys, "info", "titok_s128.in1k")
+    for expected in ("rFID 1.71", "Apache-2.0", "README of bytedance/1d-tokenizer", "1536", "codebook_size: 4096"):
+        assert expected in said
+
+
+def test_info_of_a_builder_shows_its_arguments(capsys: Any) -> None:
+    said = ran(capsys, "info", "vq")
+    assert re.search(r"codebook_size +int +required", said)
+    assert re.search(r"l2_norm +bool +false", said)
+
+
+# -- errors --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["info", "titok_s18.in1k"], "Did you mean 'titok_s128.in1k'"),
+        (["list", "tokenisers"], "No registry kind named 'tokenisers'. Did you mean 'tokenizer'"),
+        (["list", "zzz*"], "Nothing fits 'zzz*'"),
+        (["encode", "titok_tiny", "."], "Missing option '--out'"),
+        (["encode", "titok_tiny"], "Missing argument 'FILES...'. See vistok encode --help."),
+        (["enkode"], "No such command 'enkode'"),
+        (["encode", "--no-such-option"], "No such option: --no-such-option"),
+        (["encode", "MODEL", "nowhere.png", "--out", "out"], "no file or folder 'nowhere.png'"),
+        (["encode", "titok_tiny", "{pictures}", "--out", "{out}"], "'titok_tiny' has no published weights"),
+        (["encode", "titok_tny", "{pictures}", "--out", "{out}"], "no preset with weights, no folder and no file"),
+        (["encode", "hf-hub:org/none", "{pictures}", "--out", "{out}"], "could not be fetched from the hub"),
+        (["encode", "{model}", "{pictures}", "--out", "{out}", "--tokens", "4"], "always makes 16 tokens"),
+        (["encode", "{model}", "{pictures}", "--out", "{out}", "--device", "toaster"], "'toaster' is none. Try cpu"),
+        (["reconstruct", "{model}", "{pictures}", "--out", "{out}", "--tokens", "a"], "integers separated by commas"),
+        (["decode", "{model}", "{pictures}", "--out", "{out}"], "There are no .vtok files in"),
+        (["eval", "{model}", "--data", "{pictures}", "--out", "{out}", "--metrics", "psn"], "Did you mean 'psnr'"),
+        (["train", "nowhere.yaml"], "There is no recipe 'nowhere.yaml'"),
+        (["encode", "{model}", "{pictures}", "--out", "{pictures}/notes.txt"], "notes.txt"),
+    ],
+)
+def test_an_error_of_the_user_is_one_line(
+    capsys: Any, model: str, pictures: Path, tmp_path: Path, arguments: list[str], expected: str
+) -> None:
+    words = [a.format(model=model, pictures=pictures, out=tmp_path / "out") for a in arguments]
+    line = failed(capsys, *words)
+    assert line.startswith("Error: ")
+    assert expected in line
+
+
+def test_debug_shows_the_traceback_as_well(capsys: Any) -> None:
+    assert run(["info", "no_such_name", "--debug"]) == 2
+    said = capsys.readouterr().err
+    assert "Traceback (most recent call last)" in said
+    assert said.splitlines()[-1].startswith("Error: Nothing named 'no_such_name'")
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vistok.cli.catalogue.list_names", lambda *a, **k: {}["a bug"])
+    with pytest.raises(KeyError, match="a bug"):
+        run(["list"])
+
+
+def caught(call: Any) -> BaseException:
+    with pytest.raises(Exception) as found:
+        call()
+    return found.value
+
+
+@pytest.mark.parametrize(
+    ("call", "users"),
+    [
+        (lambda: vistok.create("quantizer", "nothing"), True),
+        (lambda: vistok.create("quantizer", "vq", dim="x", codebook_size=3), True),
+        (lambda: Path("/nowhere/at/all").read_text(), True),
+        (lambda: {}["key"], False),
+        (lambda: int("x"), False),
+        (lambda: torch.zeros(2) @ torch.zeros(3), False),
+    ],
+)
+def test_what_vistok_raises_on_purpose_is_the_users(call: Any, users: bool) -> None:
+    assert is_users(caught(call)) is users
+
+
+def test_a_message_of_the_system_names_the_file_first() -> None:
+    assert message(caught(lambda: Path("/nowhere/at/all").read_text())) == "/nowhere/at/all: No such file or directory"
+
+
+def shell(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=120, **options)
+
+
+def test_python_m_vistok_is_the_command() -> None:
+    done = shell("-m", "vistok", "--version")
+    assert (done.returncode, done.stdout) == (0, f"vistok {vistok.__version__}\n")
+
+
+def test_help_lists_the_commands_and_imports_no_torch() -> None:
+    done = shell("-X", "importtime", "-m", "vistok", "--help")
+    imported = {line.rsplit("|", 1)[-1].strip().split(".")[0] for line in done.stderr.splitlines()}
+    for command in ("list", "info", "train", "eval", "encode", "decode", "reconstruct", "bench"):
+        assert re.search(rf"\b{command}\b", done.stdout)
+    assert done.returncode == 0
+    assert imported & {"torch", "numpy", "PIL", "omegaconf", "torchvision"} == set()
+
+
+def test_a_closed_pipe_is_no_error_message() -> None:
+    command = [sys.executable, "-m", "vistok", "--help"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.close()  # as `head` does when it has seen enough
+    assert process.communicate(timeout=60)[1] == ""
+
+
+def test_ctrl_c_is_one_line_and_130(tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text(
+        textwrap.dedent("""
+        import sys, time
+        from vistok.cli import catalogue, run
+
+        def wait(*arguments, **keywords):
+            print("waiting", flush=True)
+            time.sleep(60)
+
+        catalogue.list_names = wait
+        sys.exit(run(["list"]))
+        """)
+    )
+    process = subprocess.Popen(
+        [sys.executable, str(tmp_path / "slow.py")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "waiting\n"
+    time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (130, "Error: Interrupted.\n")

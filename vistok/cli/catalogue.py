@@ -1,0 +1,137 @@
+"""`vistok list` and `vistok info`: what is registered, printed from the registry."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vistok.registry import KINDS, Info, Weights, list_names, nearest, registry
+from vistok.registry import info as info_of
+
+if TYPE_CHECKING:
+    from vistok.cli.show import Rows
+
+
+def list_registered(
+    kind: Annotated[str, typer.Argument(help=f"One of {', '.join(KINDS)}; all if left out.")] = "",
+    pattern: Annotated[str, typer.Argument(help="Shell pattern, e.g. 'titok*'.")] = "*",
+    pretrained: Annotated[bool, typer.Option("--pretrained", help="Only names with published weights.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown tables.")] = False,
+) -> None:
+    """List what is registered."""
+    if kind and kind not in KINDS:
+        if not any(c in kind for c in "*?["):
+            raise KeyError(f"No registry kind named {kind!r}. {nearest(kind, KINDS)} For a pattern write '*'.")
+        kind, pattern = "", kind
+    kinds = [k for k in ([kind] if kind else KINDS) if list_names(k, pattern, pretrained=pretrained)]
+    if not kinds:
+        published = " with published weights" if pretrained else ""
+        raise KeyError(f"Nothing{published} fits {pattern!r}. {nearest(pattern, list_names(kind or None))}")
+    for one in kinds:
+        rows = table(one, pattern, pretrained=pretrained)
+        if markdown:
+            typer.echo(rows.markdown())
+        else:
+            rows.print(title=one if len(kinds) > 1 else "")
+
+
+def info(
+    name: Annotated[str, typer.Argument(help="Builder or preset, see vistok list.")],
+    kind: Annotated[str, typer.Option(help="Needed if several kinds use the name.")] = "",
+) -> None:
+    """Show one entry: what it is, its configuration, licences, published figures with their source."""
+    from vistok.cli.show import Rows
+
+    found = info_of(name, kind or None)
+    lines = [("name", f"{found.name} ({found.kind})"), ("what", found.summary), ("builder", found.builder)]
+    lines += _weights_lines(found.weights) if found.weights else []
+    if found.kind == "tokenizer":
+        lines += [(k, v) for k, v in _sizes(found).items() if v]
+    lines += [(f"config.{k}", _yaml(v)) for k, v in found.config.items()]
+    Rows(("", ""), lines).print()
+    if not _is_preset(found):
+        Rows(("argument", "type", "default"), _arguments(found)).print()
+
+
+def table(kind: str, pattern: str = "*", *, pretrained: bool = False) -> Rows:
+    """The entries of a kind as a table, one row per name."""
+    from vistok.cli.show import Rows
+
+    entries = [info_of(name, kind) for name in list_names(kind, pattern, pretrained=pretrained)]
+    columns = ("name", "what it is", "tokens>", "bits per picture>", "pixels>", "M parameters>", "published", "weights")
+    return Rows(columns, [_row(entry) for entry in entries])
+
+
+def _row(entry: Info) -> list[str]:
+    sizes = _sizes(entry) if entry.kind == "tokenizer" else {}
+    numbers = [sizes.get(key, "") for key in ("tokens", "bits per picture", "pixels", "M parameters")]
+    what = f"{entry.builder}, trained on {entry.weights.trained_on}" if entry.weights else entry.summary
+    if _is_preset(entry) and not entry.weights:
+        what = f"{entry.builder}, untrained"
+    published = _figures(entry.weights) if entry.weights else ""
+    return [entry.name, what, *numbers, published, entry.weights.hub if entry.weights else ""]
+
+
+def _is_preset(entry: Info) -> bool:
+    return entry.name != entry.builder
+
+
+def _figures(weights: Weights) -> str:
+    return ", ".join(f"{name} {value:g}" for name, value in weights.figures.items())
+
+
+def _weights_lines(weights: Weights) -> list[tuple[str, str]]:
+    lines = [
+        ("hub", f"{weights.hub}, {weights.filename}"),
+        ("trained on", weights.trained_on),
+        ("published", _figures(weights)),
+        ("source", weights.source),
+        ("licence of the code", weights.licence_code),
+        ("licence of the weights", weights.licence_weights),
+        ("sha256", weights.sha256 or ""),
+        ("model id", weights.model_id or ""),
+    ]
+    return [(key, value) for key, value in lines if value]
+
+
+def _sizes(entry: Info) -> dict[str, str]:
+    """Token count, rate, picture size and parameters of a tokenizer preset, built without memory."""
+    if not _is_preset(entry):
+        return {}
+    from vistok.hub import count_parameters, on_meta
+
+    model: Any = on_meta(entry.kind, entry.name)
+    bits = model.num_tokens * model.quantizer.bits
+    height, width = model.preprocess.size
+    return {
+        "tokens": str(model.num_tokens),
+        "bits per picture": f"{bits:g}" if bits else f"continuous, {model.quantizer.dim} channels",
+        "pixels": f"{height}x{width}",
+        "M parameters": f"{count_parameters(model) / 1e6:.1f}",
+    }
+
+
+def _arguments(entry: Info) -> list[tuple[str, str, str]]:
+    import inspect
+
+    from vistok.config import describe, schema
+
+    _, builder, _ = registry(entry.kind).resolve(entry.name)
+    defaults = inspect.signature(builder).parameters
+    return [
+        (key, describe(annotation), "required" if required else _yaml(defaults[key].default))
+        for key, (annotation, required) in schema(builder).items()
+    ]
+
+
+def _yaml(value: Any) -> str:
+    """A value as it would stand in a recipe, on one line."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{k}: {_yaml(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(_yaml(v) for v in value) + "]"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,94 @@
+"""Files in, files out: what the arguments name, where results go, and no silent overwriting."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import typer
+
+from vistok.cli import errors
+
+VTOK = (".vtok",)
+
+
+@dataclass
+class Broken:
+    """Files that could not be used; the others are done all the same."""
+
+    reasons: dict[Path, str] = field(default_factory=dict)
+
+    def finish(self) -> None:
+        """Name every broken file on stderr; the command then ends with exit code 2.
+
+        Raises:
+            typer.Exit: There are some.
+        """
+        for path, reason in self.reasons.items():
+            errors.say(reason if str(path) in reason else f"{path}: {reason}")
+        if self.reasons:
+            raise typer.Exit(2)
+
+
+def collect(sources: Sequence[str], find: Callable[[str], list[Path]]) -> dict[Path, Path]:
+    """The files that arguments name, each with its place in the output: its path below a folder that was given.
+
+    Args:
+        sources: Files, folders and patterns.
+        find: Gives the files of one of them.
+    """
+    found: dict[Path, Path] = {}
+    for source in sources:
+        root = Path(source) if Path(source).is_dir() else None
+        for file in find(source):
+            found.setdefault(file, file.relative_to(root) if root else Path(file.name))
+    return found
+
+
+def targets(files: Mapping[Path, Path], out: Path, ending: str, *, overwrite: bool) -> dict[Path, Path]:
+    """Where the result of each file goes: `out`, its place, and another ending. Folders are made.
+
+    Raises:
+        ValueError: Two files would become the same one.
+        FileExistsError: Results exist already and `overwrite` is off.
+    """
+    places = {file: out / place.with_suffix(ending) for file, place in files.items()}
+    owner: dict[Path, Path] = {}
+    for file, target in places.items():
+        if target in owner:
+            raise ValueError(f"{owner[target]} and {file} would both become {target}. Give them in two commands.")
+        owner[target] = file
+    refuse_existing(list(owner), overwrite=overwrite)
+    for folder in {target.parent for target in owner}:
+        folder.mkdir(parents=True, exist_ok=True)
+    return places
+
+
+def refuse_existing(paths: Sequence[Path], *, overwrite: bool) -> None:
+    """Stop before any work if a result would replace a file.
+
+    Raises:
+        FileExistsError: Names the first such file.
+    """
+    there = [path for path in paths if path.exists()]
+    if there and not overwrite:
+        others = f" and {len(there) - 1} more" if len(there) > 1 else ""
+        raise FileExistsError(f"{there[0]}{others} exist already. Give --overwrite to replace, or another --out.")
+
+
+def listed(text: str) -> list[str]:
+    """The entries of a comma-separated option."""
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def numbers(text: str, option: str) -> list[int]:
+    """The entries of a comma-separated option as integers.
+
+    Raises:
+        typer.BadParameter: One is none.
+    """
+    try:
+        return [int(word) for word in listed(text)]
+    except ValueError as err:
+        raise typer.BadParameter(f"{option} takes integers separated by commas, e.g. 16,64, and got {text!r}.") from err

@@ -1,0 +1,156 @@
+"""`vistok encode`, `decode`, `reconstruct`: pictures to `.vtok` files and back."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from vistok.cli import files
+
+if TYPE_CHECKING:
+    from vistok.tokenizers.base import Tokenizer
+    from vistok.tokens import Tokens
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Preset with weights, folder, or hf-hub:org/name.")]
+Sources = Annotated[list[str], typer.Argument(metavar="FILES...", help="Files, folders, patterns.")]
+Out = Annotated[Path, typer.Option(help="Folder for the results.")]
+Batch = Annotated[int, typer.Option(min=1, help="Pictures at once.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; the first GPU if there is one by default.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace results that exist.")]
+GRID_PAIRS = 16
+
+
+def encode(
+    model: Model,
+    sources: Sources,
+    out: Out,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens per picture, for nested tokenizers.")] = None,
+    batch: Batch = 16,
+    device: Device = "",
+    overwrite: Overwrite = False,
+) -> None:
+    """Turn pictures into .vtok files, one each."""
+    from vistok import tokens as container
+    from vistok.cli.show import progress
+    from vistok.image import find_pictures, read_batches
+
+    found = files.collect(sources, find_pictures)
+    places = files.targets(found, out, ".vtok", overwrite=overwrite)
+    tokenizer = load(model, device)
+    if not tokenizer.quantizer.vocab_sizes:
+        raise ValueError(f"{model} has continuous latents, which a .vtok file cannot hold. Use a model with ids.")
+    broken, total, count = files.Broken(), 0, 0
+    with progress("encode", len(found)) as advance:
+        for paths, images in read_batches(list(found), tokenizer.preprocess, batch, broken=broken.reasons):
+            made = tokenizer.encode(images, tokens)
+            for i, path in enumerate(paths):
+                total += container.save(made[i], places[path], tokenizer.model_id)
+            count += len(paths)
+            advance(count + len(broken.reasons))
+    if count:
+        typer.echo(f"{count} pictures -> {out}: {total} bytes, {total / count:g} per picture ({made!r}).")
+    broken.finish()
+
+
+def decode(
+    model: Model, sources: Sources, out: Out, batch: Batch = 16, device: Device = "", overwrite: Overwrite = False
+) -> None:
+    """Turn .vtok files back into pictures (PNG)."""
+    from vistok.cli.show import progress
+    from vistok.image import find_files, to_pictures
+
+    found = files.collect(sources, lambda source: find_files(source, files.VTOK, ".vtok files"))
+    places = files.targets(found, out, ".png", overwrite=overwrite)
+    tokenizer = load(model, device)
+    broken, count = files.Broken(), 0
+    with progress("decode", len(found)) as advance:
+        for paths, tokens in _read_tokens(list(found), tokenizer, batch, broken):
+            for path, picture in zip(paths, to_pictures(tokenizer.decode(tokens))):
+                picture.save(places[path])
+            count += len(paths)
+            advance(count + len(broken.reasons))
+    if count:
+        typer.echo(f"{count} pictures -> {out}")
+    broken.finish()
+
+
+def reconstruct(
+    model: Model,
+    sources: Sources,
+    out: Out,
+    tokens: Annotated[str, typer.Option(help="Token counts, e.g. 16,64, for nested tokenizers.")] = "",
+    batch: Batch = 16,
+    device: Device = "",
+    overwrite: Overwrite = False,
+) -> None:
+    """Encode and decode pictures; write them (PNG) and a comparison with the originals."""
+    from vistok.cli.show import progress
+    from vistok.evaluate.grid import save_grid
+    from vistok.image import find_pictures, read_batches, to_pictures
+
+    found = files.collect(sources, find_pictures)
+    counts: list[int | None] = list(files.numbers(tokens, "--tokens")) or [None]
+    endings = {k: "" if k is None else f".{k}" for k in counts}
+    places = {k: files.targets(found, out, f"{end}.png", overwrite=overwrite) for k, end in endings.items()}
+    grids = {k: out / f"comparison{end}.png" for k, end in endings.items()}
+    files.refuse_existing(list(grids.values()), overwrite=overwrite)
+    tokenizer = load(model, device)
+    broken, done = files.Broken(), 0
+    with progress("reconstruct", len(found)) as advance:
+        for paths, images in read_batches(list(found), tokenizer.preprocess, batch, broken=broken.reasons):
+            rebuilt = {k: tokenizer.decode(tokenizer.encode(images, k)).cpu() for k in counts}
+            for k, pictures in rebuilt.items():
+                for path, picture in zip(paths, to_pictures(pictures)):
+                    picture.save(places[k][path])
+                if not done:
+                    shown = slice(0, GRID_PAIRS)
+                    names = [path.name for path in paths[shown]]
+                    save_grid(grids[k], images[shown], pictures[shown], captions=names, title=_title(model, k))
+            done += len(paths)
+            advance(done + len(broken.reasons))
+    if done:
+        typer.echo(f"{done} pictures -> {out}; compare them in {', '.join(str(g) for g in grids.values())}")
+    broken.finish()
+
+
+def load(model: str, device: str) -> Tokenizer:
+    """The tokenizer an argument names, on the device an option names."""
+    import torch
+
+    from vistok.tokenizers.load import load as load_tokenizer
+
+    try:
+        where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as err:
+        raise typer.BadParameter(f"--device: {device!r} is none. Try cpu or cuda.") from err
+    return load_tokenizer(model, device=where)
+
+
+def _read_tokens(
+    paths: list[Path], tokenizer: Tokenizer, batch: int, broken: files.Broken
+) -> Iterator[tuple[list[Path], Tokens]]:
+    """Token files in batches of one picture size, in order; broken ones are entered and left out."""
+    from vistok import tokens as container
+
+    part: list[tuple[Path, Tokens]] = []
+    for path in paths:
+        try:
+            one = container.load(path, vocab=tokenizer.quantizer.vocab_sizes, model_id=tokenizer.model_id)
+            one = dataclasses.replace(one, grid=tokenizer.grid_for(one.size or tokenizer.preprocess.size))
+        except (OSError, ValueError) as err:
+            broken.reasons[path] = str(err)
+            continue
+        if part and (len(part) == batch or part[0][1].size != one.size):
+            yield [p for p, _ in part], container.stack([t for _, t in part])
+            part = []
+        part.append((path, one))
+    if part:
+        yield [p for p, _ in part], container.stack([t for _, t in part])
+
+
+def _title(model: str, tokens: int | None) -> str:
+    return model if tokens is None else f"{model}, {tokens} tokens"
