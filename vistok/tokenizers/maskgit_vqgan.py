@@ -152,6 +152,11 @@ class MaskGITVQGAN(Tokenizer):
         self.quantizer = create("quantizer", "vq", codebook_size=codebook_size, dim=code_dim)
         self.decoder = MaskGITDecoder(code_dim, channels=channels)
 
+    @property
+    def last_layer(self) -> nn.Parameter:
+        """Weight of the last layer."""
+        return self.decoder.conv_out.weight
+
     def grid_for(self, size: tuple[int, int]) -> tuple[int, int]:
         """One token per 16x16 pixels."""
         return (size[0] // self.factor, size[1] // self.factor)

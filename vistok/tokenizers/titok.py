@@ -18,7 +18,7 @@ from vistok.layers.transformer import Transformer
 from vistok.quantizers.base import Quantizer
 from vistok.registry import preset, register
 from vistok.tokenizers.base import Tokenizer, TokenizerOutput
-from vistok.tokenizers.maskgit_vqgan import MaskGITDecoder
+from vistok.tokenizers.maskgit_vqgan import MaskGITDecoder, MaskGITVQGAN
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,6 +241,11 @@ class TiTok(_TiTokBase):
         self.head = PixelHead(size.width, patch_size)
         initialise(self.encoder, self.decoder, self.head)
 
+    @property
+    def last_layer(self) -> nn.Parameter:
+        """Weight of the last layer."""
+        return self.head.smooth.weight
+
     def decode_codes(self, codes: Tensor) -> Tensor:
         """Codes (B, K, quantizer.dim) -> pictures, unclamped, (B, 3, H, W)."""
         return self.head(self.decoder(codes), self.decoder.grid)
@@ -251,7 +256,7 @@ class TwoStageTiTok(_TiTokBase):
     """Two-stage TiTok: the decoder predicts MaskGIT-VQGAN codes, a convolutional decoder turns them into pixels.
 
     Stage 1 trains encoder and decoder on the proxy codes (`forward` gives them as `extras["logits"]`,
-    (B, h * w, 1024)); stage 2 fine-tunes both decoders on pixels. The codes handed to the pixel decoder are the
+    (B, h * w, V)); stage 2 fine-tunes both decoders on pixels. The codes handed to the pixel decoder are the
     softmax-weighted mean of the proxy codebook, as in the official code, and not the arg max.
 
     Args:
@@ -262,12 +267,12 @@ class TwoStageTiTok(_TiTokBase):
         quantizer: Any registered quantizer.
         legacy_layout: The published weights were trained with latent features reshaped instead of transposed.
             Keep True to load them.
+        proxy_codes: Codes of the proxy tokenizer; 1024 for the published weights.
+        proxy_dim: Channels of a proxy code; 256 for the published weights.
         pixel_channels: Base width of the pixel decoder; 128 for the published weights.
     """
 
     decoder_parts = ("decoder", "head", "pixel_codebook", "pixel_decoder")
-    proxy_codes = 1024
-    proxy_dim = 256
 
     def __init__(
         self,
@@ -278,21 +283,44 @@ class TwoStageTiTok(_TiTokBase):
         decoder: SizeName | Size = "small",
         quantizer: Annotated[Spec, Of("quantizer")],
         legacy_layout: bool = True,
+        proxy_codes: int = 1024,
+        proxy_dim: int = 256,
         pixel_channels: int = 128,
     ) -> None:
         super().__init__()
         size = self._build(image_size, 16, num_tokens, quantizer, (encoder, decoder), legacy=legacy_layout)
-        self.head = CodeHead(size.width, self.proxy_codes)
-        self.pixel_codebook = nn.Embedding(self.proxy_codes, self.proxy_dim)
-        self.pixel_decoder = MaskGITDecoder(self.proxy_dim, channels=pixel_channels)
+        self.head = CodeHead(size.width, proxy_codes)
+        self.pixel_codebook = nn.Embedding(proxy_codes, proxy_dim)
+        self.pixel_decoder = MaskGITDecoder(proxy_dim, channels=pixel_channels)
         initialise(self.encoder, self.decoder, self.head)
 
+    @property
+    def last_layer(self) -> nn.Parameter:
+        """Weight of the last layer."""
+        return self.pixel_decoder.conv_out.weight
+
+    def take_pixel_decoder(self, proxy: MaskGITVQGAN) -> None:
+        """Copy codebook and decoder of the proxy tokenizer, as the official stage 2 starts.
+
+        Raises:
+            ValueError: The proxy has other sizes.
+        """
+        table, own = proxy.quantizer.embedding.weight, self.pixel_codebook.weight
+        if table.shape != own.shape or proxy.decoder.conv_out.weight.shape != self.pixel_decoder.conv_out.weight.shape:
+            raise ValueError(
+                f"The proxy tokenizer has {table.shape[0]} codes of {table.shape[1]} channels and width "
+                f"{proxy.decoder.conv_out.weight.shape[1]}. Set proxy_codes, proxy_dim and pixel_channels to these."
+            )
+        with torch.no_grad():
+            own.copy_(table)
+        self.pixel_decoder.load_state_dict(proxy.decoder.state_dict())
+
     def decode_logits(self, codes: Tensor) -> Tensor:
-        """Codes (B, K, quantizer.dim) -> logits over the proxy codes, (B, h * w, 1024)."""
+        """Codes (B, K, quantizer.dim) -> logits over the proxy codes, (B, h * w, V)."""
         return self.head(self.decoder(codes))
 
     def logits_to_pixels(self, logits: Tensor) -> Tensor:
-        """Proxy logits (B, h * w, 1024) -> pictures, unclamped, (B, 3, H, W)."""
+        """Proxy logits (B, h * w, V) -> pictures, unclamped, (B, 3, H, W)."""
         soft = logits.float().softmax(-1).to(self.pixel_codebook.weight.dtype) @ self.pixel_codebook.weight
         return self.pixel_decoder(to_map(soft, self.decoder.grid))
 
@@ -356,6 +384,8 @@ preset(
         "encoder": _TINY,
         "decoder": _TINY,
         "quantizer": {"name": "vq", "codebook_size": 256, "dim": 8, "l2_norm": True},
+        "proxy_codes": 64,
+        "proxy_dim": 8,
         "pixel_channels": 32,
     },
 )

@@ -79,6 +79,7 @@ def convert(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Convert
     kept |= {k: v[0] for k, v in kept.items() if k == "decoder.mask_token"}
     if two_stage:
         ours["legacy_layout"] = bool(model.get("is_legacy", True))
+        ours["proxy_codes"], ours["proxy_dim"] = tensors["pixel_quantize.embedding.weight"].shape
         ours["pixel_channels"] = tensors["pixel_decoder.conv_out.weight"].shape[1]
         return "titok_two_stage", ours, rename(kept, (*RULES, *TWO_STAGE_HEAD))
     if model.get("is_legacy", True):

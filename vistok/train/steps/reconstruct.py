@@ -22,6 +22,8 @@ class Reconstruct(Step):
     """
 
     own_losses: ClassVar[tuple[str, ...]] = ("quantizer",)
+    rebuilt: Tensor
+    """Reconstruction of the last forward pass, (B, 3, H, W), float32, for steps that build on this one."""
 
     def __init__(self, *, quantizer_weights: dict[str, float] | None = None) -> None:
         self.quantizer_weights = quantizer_weights or {}
@@ -44,8 +46,9 @@ class Reconstruct(Step):
     def run(self, batch: Batch, step: int, generator: torch.Generator) -> Iterator[Part]:
         """One part, `model`. See `Step.run`."""
         out = self.trained["model"](batch.images, generator=generator)
+        self.rebuilt = out.images.float()
         losses: Losses = self.helpers["losses"]  # type: ignore[assignment]
-        terms: dict[str, Tensor] = losses(out.images.float(), batch.images, step)
+        terms: dict[str, Tensor] = losses(self.rebuilt, batch.images, step)
         weights = {name: losses.weight(name, step) for name in terms}
         stats: dict[str, Tensor] = {}
         if out.quantized is not None:
