@@ -45,7 +45,7 @@ def test_lr_scale_of_nothing_is_refused():
 
 def test_freeze_takes_patterns_and_refuses_what_fits_nothing():
     module = network()
-    assert optim.freeze(module, ["0.*", "1.bias"]) == 3
+    assert optim.freeze(module, ["0.*", "1.bias"]) == [module[0]]
     assert not module[0].weight.requires_grad and module[1].weight.requires_grad
     with pytest.raises(ValueError, match=r"train\.freeze.*'7\.\*'"):
         optim.freeze(module, ["7.*"])

@@ -80,10 +80,10 @@ def test_stage_one_refuses_pixel_losses(proxy):
 
 
 def test_discriminator_is_untouched_before_its_start_and_learns_after(tmp_path):
-    train(recipe(tmp_path / "short", {**GAN, "train": {**GAN["train"], "steps": 2, "save_every": 1}}))
+    train(recipe(tmp_path / "short", {**GAN, "train": {**GAN["train"], "steps": 2, "save_every": 1, "keep": 6}}))
     first, second = (weights(tmp_path / "short", s, "discriminator") for s in (1, 2))
     assert all(torch.equal(first[k], second[k]) for k in first)
-    train(recipe(tmp_path / "long", {**GAN, "train": {**GAN["train"], "steps": 3, "save_every": 1}}))
+    train(recipe(tmp_path / "long", {**GAN, "train": {**GAN["train"], "steps": 3, "save_every": 1, "keep": 6}}))
     third = weights(tmp_path / "long", 3, "discriminator")
     assert not any(torch.equal(first[k], third[k]) for k in first if k.endswith("weight"))
 
@@ -159,3 +159,19 @@ def test_r1_penalty_counts_every_so_many_steps():
 def test_wrong_component_is_named(over, message):
     with pytest.raises(ValueError, match=message):
         built(**over)
+
+
+def test_frozen_quantizer_keeps_its_codebook_and_statistics(tmp_path):
+    moving = {"name": "cvq", "codebook_size": 32, "dim": 4}
+    train(
+        recipe(
+            tmp_path,
+            {
+                "model": {"quantizer": moving},
+                "train": {"freeze": ["encoder.*", "quantizer.*"], "save_every": 1, "keep": 6},
+            },
+        )
+    )
+    first, last = weights(tmp_path, 1), weights(tmp_path, 6)
+    changed = {k.split(".")[0] for k in first if not torch.equal(first[k], last[k])}
+    assert changed == {"decoder", "head"}

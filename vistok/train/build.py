@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +45,7 @@ class Run:
         step: Steps finished.
         seconds: Seconds spent on them, over all continuations.
         resumed: Step it was continued at, None for a new run.
+        frozen: Parts of the model that stand still.
     """
 
     recipe: Recipe
@@ -59,6 +60,13 @@ class Run:
     step: int = 0
     seconds: float = 0.0
     resumed: int | None = None
+    frozen: list[nn.Module] = field(default_factory=list)
+
+    def train_mode(self) -> None:
+        """Put the model into training mode, and what `train.freeze` names into evaluation mode."""
+        self.model.train()
+        for part in self.frozen:
+            part.eval()
 
     @property
     def out(self) -> Path:
@@ -92,6 +100,7 @@ def start(recipe: Recipe) -> Run:
     torch.manual_seed(config.seed)
     task: Step = create("step", **config.step)
     task.setup(_model(recipe, task), Losses(recipe.losses))
+    frozen = optim.freeze(task.trained[task.parts[0]], config.freeze)
     optimizers = {name: recipe.optims[name].build(module) for name, module in task.trained.items()}
     bare = dict(task.trained)
     loader = _loader(recipe, dataset, bare[task.parts[0]], accelerator)
@@ -106,7 +115,9 @@ def start(recipe: Recipe) -> Run:
         data_id=fingerprint(dataset),
         ema=ema,
         guard=Guard(config.max_bad_steps),
+        frozen=frozen,
     )
+    run.train_mode()
     _prepare(run)
     if found is not None:
         _continue(run, found)
@@ -231,8 +242,7 @@ def _model(recipe: Recipe, task: Step) -> nn.Module:
         from vistok import hub
 
         hub.load_strictly(model, vistok.load(config.init_from).state_dict(), config.init_from)
-    optim.freeze(model, config.freeze)
-    return model.train()
+    return model
 
 
 def _loader(recipe: Recipe, dataset: Dataset, model: nn.Module, accelerator: Accelerator) -> Loader:

@@ -27,6 +27,7 @@ class Optimizer:
         schedule: Shape after the warm-up.
         warmup: Steps of linear warm-up.
         final_lr: Learning rate at the end (cosine and linear).
+        start: Step at which the schedule begins, for a part that joins later (a discriminator).
         clip: Largest norm of all gradients of the part together; null for none.
         lr_scale: Name patterns to factors of the learning rate; 0 does not move, but `train.freeze` is cheaper.
         no_decay: Name patterns without weight decay, besides everything with fewer than two dimensions.
@@ -36,6 +37,7 @@ class Optimizer:
     schedule: Shape = "cosine"
     warmup: int = 0
     final_lr: float = 0.0
+    start: int = 0
     clip: float | None = 1.0
     lr_scale: dict[str, float] = field(default_factory=dict)
     no_decay: tuple[str, ...] = NO_DECAY
@@ -51,9 +53,9 @@ class Optimizer:
     def lr_at(self, step: int, steps: int, spent: float) -> float:
         """Learning rate of a step before `lr_scale`; see `vistok.train.schedule.lr_at`."""
         return lr_at(
-            step,
+            max(step - self.start, 0),
             lr=self.lr,
-            steps=steps,
+            steps=max(steps - self.start, 1),
             warmup=self.warmup,
             final_lr=self.final_lr,
             shape=self.schedule,
@@ -176,22 +178,36 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
 
 
-def freeze(module: nn.Module, patterns: Iterable[str]) -> int:
-    """Stop training the parameters whose names fit; returns how many tensors were frozen.
+def freeze(module: nn.Module, patterns: Iterable[str]) -> list[nn.Module]:
+    """Stop training the parameters and statistics whose names fit.
+
+    Args:
+        module: The model.
+        patterns: Shell patterns over the names of its state, e.g. `encoder.*`.
+
+    Returns:
+        The submodules all of whose state is frozen. Keep them in evaluation mode, so that running statistics and
+        moving code books stand still too.
 
     Raises:
-        ValueError: A pattern that fits no parameter.
+        ValueError: A pattern that fits nothing.
     """
-    named = list(module.named_parameters())
-    frozen = set()
+    state = module.state_dict(keep_vars=True)
+    frozen: set[str] = set()
     for pattern in patterns:
-        hit = [(n, p) for n, p in named if fnmatch.fnmatch(n, pattern)]
+        hit = [name for name in state if fnmatch.fnmatch(name, pattern)]
         if not hit:
-            raise ValueError(f"train.freeze: no parameter is called {pattern!r}. {_examples(named)}")
-        for name, parameter in hit:
+            raise ValueError(f"train.freeze: no parameter is called {pattern!r}. {_examples(list(state.items()))}")
+        frozen.update(hit)
+    for name, parameter in module.named_parameters():
+        if name in frozen:
             parameter.requires_grad_(False)
-            frozen.add(name)
-    return len(frozen)
+    still = []
+    for prefix, part in module.named_modules():
+        own = [name for name in state if name.startswith(f"{prefix}." if prefix else "")]
+        if own and frozen.issuperset(own):
+            still.append(part)
+    return still
 
 
 def _examples(named: list[tuple[str, Tensor]]) -> str:

@@ -92,7 +92,7 @@ def final_weights(run: Run) -> Iterator[None]:
         try:
             yield
         finally:
-            run.model.train()
+            run.train_mode()
 
 
 def finish(run: Run, log: Log, reason: Reason, signal: str, command: str) -> TrainResult:
