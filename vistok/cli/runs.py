@@ -72,7 +72,8 @@ def _print_result(result: EvalResult) -> None:
     cells = []
     for name, value in result.figures.items():
         low, high = result.intervals.get(name, (value, value))
-        cells.append((name, f"{value:.4g}", f"{low:.4g} to {high:.4g}"))
+        interval = f"{low:.4g} to {high:.4g}" if name in result.intervals else ""
+        cells.append((result.labels[name], f"{value:.4g}", interval))
     facts = {**result.usage, **result.rate, **result.speed, **result.baselines}
     cells += [(name.replace("_", " "), f"{value:.4g}", "") for name, value in facts.items()]
     Rows((f"{result.pictures} pictures", "value>", "95 % interval"), cells).print()

@@ -38,6 +38,8 @@ class EvalResult:
 
     Attributes:
         figures: Metric name -> value over all pictures.
+        labels: Metric name -> what to print beside the value; it carries N where the figure depends on it.
+        details: Metric name -> what it found besides, empty for most.
         intervals: Metric name -> ends of its 95 % bootstrap interval over pictures.
         usage: Codebook usage, perplexity and entropy (see `CodebookUsage.compute`); empty for continuous latents.
         rate: `tokens_per_picture`, `bits_per_token`, `bits_per_pixel`, `bytes_per_picture` (packed ids alone) and
@@ -51,6 +53,8 @@ class EvalResult:
     """
 
     figures: dict[str, float]
+    labels: dict[str, str]
+    details: dict[str, dict[str, float]]
     intervals: dict[str, tuple[float, float]]
     usage: dict[str, float]
     rate: dict[str, float]
@@ -183,6 +187,8 @@ class _Measured:
         columns = {n: [line[n] for line in self.lines] for n, m in self.metrics.items() if m.per_picture}
         return EvalResult(
             figures={n: metric.compute() for n, metric in self.metrics.items()},
+            labels={n: metric.label for n, metric in self.metrics.items()},
+            details={n: found for n, metric in self.metrics.items() if (found := metric.details())},
             intervals={n: bootstrap_interval(values) for n, values in columns.items()},
             usage=self.usage.compute() if self.usage is not None else {},
             rate=self._rate(count),
