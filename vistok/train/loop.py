@@ -137,8 +137,7 @@ def _agree(run: Run, stop: StopSignal) -> Reason:
 
 def _figures(run: Run, part: Part) -> dict[str, Tensor]:
     terms = {f"loss/{name}": term for name, term in part.terms.items()}
-    stats = {f"quantizer/{name}": value for name, value in part.stats.items()}
-    return {_key(run, "loss", part.name): part.loss, **terms, **stats}
+    return {_key(run, "loss", part.name): part.loss, **terms, **part.stats}
 
 
 def _facts(run: Run) -> dict[str, float]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vistok.config import create
 from vistok.data.base import Batch
+from vistok.quantizers.base import Quantized
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +81,7 @@ class Part:
         name: The part of the step it belongs to: which module and which optimiser.
         loss: What is differentiated, a scalar.
         terms: Unweighted scalar losses, for the log; those in `weights` also for gradient norms per loss.
-        stats: Other scalars worth logging.
+        stats: Other scalars worth logging, under the names they get in the log (`quantizer/usage`).
         weights: Weight each term had in `loss`.
     """
 
@@ -89,6 +90,11 @@ class Part:
     terms: Mapping[str, Tensor]
     stats: Mapping[str, Tensor] = field(default_factory=dict)
     weights: Mapping[str, float] = field(default_factory=dict)
+
+
+def quantizer_stats(quantized: Quantized) -> dict[str, Tensor]:
+    """A quantizer's figures under the names they have in the log."""
+    return {f"quantizer/{name}": value for name, value in quantized.stats.items()}
 
 
 class Step:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vistok.data.base import Batch
 from vistok.registry import register
-from vistok.train.steps.base import Losses, Part, Step
+from vistok.train.steps.base import Losses, Part, Step, quantizer_stats
 
 
 @register("step", "distil")
@@ -58,7 +58,7 @@ class Distil(Step):
         self.helpers["proxy"] = proxy
 
     def run(self, batch: Batch, step: int, generator: torch.Generator) -> Iterator[Part]:
-        """One part, `model`, with the share of codes guessed right as `accuracy`. See `Step.run`."""
+        """One part, `model`, with the share of codes guessed right as `proxy/accuracy`. See `Step.run`."""
         proxy, losses = self.helpers["proxy"], self.helpers["losses"]
         with torch.no_grad():
             target = proxy.tokenize(batch.images)[0].ids  # (B, h * w)
@@ -68,4 +68,4 @@ class Distil(Step):
         weights = {name: losses.weight(name, step) for name in terms}  # type: ignore[operator]
         total = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
         accuracy = (logits.detach().argmax(-1) == target).float().mean()
-        yield Part("model", total, terms, {**out.quantized.stats, "proxy_accuracy": accuracy}, weights)
+        yield Part("model", total, terms, {**quantizer_stats(out.quantized), "proxy/accuracy": accuracy}, weights)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vistok.data.base import Batch
 from vistok.registry import nearest, register
-from vistok.train.steps.base import Losses, Part, Step
+from vistok.train.steps.base import Losses, Part, Step, quantizer_stats
 
 
 @register("step", "reconstruct")
@@ -52,7 +52,7 @@ class Reconstruct(Step):
         weights = {name: losses.weight(name, step) for name in terms}
         stats: dict[str, Tensor] = {}
         if out.quantized is not None:
-            terms["quantizer"], stats = out.quantized.loss, out.quantized.stats
+            terms["quantizer"], stats = out.quantized.loss, quantizer_stats(out.quantized)
             weights["quantizer"] = losses.weight("quantizer", step)
         total = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
         yield Part("model", total, terms, stats, weights)

@@ -121,7 +121,7 @@ class ReconstructGan(Reconstruct):
         if self.r1_gamma and step % self.r1_every == 0:
             terms["r1"] = r1_penalty(self.net, real).mean()
             loss = loss + 0.5 * self.r1_gamma * self.r1_every * terms["r1"]
-        return Part("discriminator", loss, terms, {"discriminator_accuracy": found.accuracy})
+        return Part("discriminator", loss, terms, {"discriminator/accuracy": found.accuracy})
 
     @property
     def _gan(self) -> GanLoss:
