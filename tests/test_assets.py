@@ -148,6 +148,16 @@ def test_tensors_survive_and_globals_become_inert(tmp_path, zipped):
     assert (read["dtype"], read["step"]) == (torch.float16, 7)
 
 
+@pytest.mark.parametrize("make", [torch.ones, lambda n: torch.nn.Parameter(torch.ones(n))], ids=["tensor", "parameter"])
+def test_tensors_with_attributes_keep_their_values(tmp_path, make):
+    weight = make(3)
+    weight.note = Foreign(1)
+    torch.save({"w": weight, "f8": torch.ones(2).to(torch.float8_e4m3fn)}, tmp_path / "x.pt")
+    read = assets.read_tensors(tmp_path / "x.pt")
+    assert torch.equal(read["w"], torch.ones(3)) and not hasattr(read["w"], "note")
+    assert torch.equal(read["f8"].float(), torch.ones(2))
+
+
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 def test_nothing_in_a_checkpoint_is_executed(tmp_path, zipped):
     torch.save(

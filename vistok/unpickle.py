@@ -64,13 +64,26 @@ class Inert:
         return f"<inert {self.origin}>"
 
 
+def _drop_state(build: Any, _kind: Any, arguments: Any, _state: Any) -> Any:
+    """A tensor without the Python attributes somebody had hung on it; `build` is admitted itself, or inert."""
+    return build(*arguments)
+
+
+def _drop_parameter_state(data: Any, requires_grad: Any, hooks: Any, _state: Any) -> Any:
+    return torch._utils._rebuild_parameter(data, requires_grad, hooks)
+
+
 # Functions that build tensors from storages, and containers without behaviour. `torch.storage._load_from_bytes` is
 # left out on purpose: it unpickles once more, without restrictions.
 _ALLOWED: Mapping[tuple[str, str], Any] = types.MappingProxyType(
     {
         ("torch._utils", "_rebuild_tensor"): torch._utils._rebuild_tensor,
         ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
+        ("torch._utils", "_rebuild_tensor_v3"): torch._utils._rebuild_tensor_v3,
         ("torch._utils", "_rebuild_parameter"): torch._utils._rebuild_parameter,
+        ("torch._utils", "_rebuild_parameter_with_state"): _drop_parameter_state,
+        ("torch._tensor", "_rebuild_from_type_v2"): _drop_state,
+        ("torch.storage", "UntypedStorage"): torch.UntypedStorage,
         ("torch", "Size"): torch.Size,
         ("torch", "device"): torch.device,
         ("collections", "OrderedDict"): OrderedDict,

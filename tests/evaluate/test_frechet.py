@@ -197,6 +197,7 @@ def test_frechet_distance_of_unrounded_pictures_is_refused():
         vistok.create("metric", "fd_effnet_lite0", rounding=False)
 
 
+@pytest.mark.parity
 def test_fd_effnet_lite0_of_jpeg_50_matches_the_reference(photos):
     """29.7: the 42 photographs, top-left 256 px, against themselves as JPEG of quality 50."""
     try:

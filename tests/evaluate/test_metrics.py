@@ -104,6 +104,7 @@ def test_lpips_vgg_metric_is_the_vgg_loss():
     assert torch.equal(metric.update(x, y), vistok.create("loss", "lpips", net="vgg")(*saved))
 
 
+@pytest.mark.parity
 def test_dists_of_jpeg_files_matches_the_reference():
     """Measured with the authors' network and weights on the cat at five JPEG qualities."""
     try:

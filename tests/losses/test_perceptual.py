@@ -43,6 +43,7 @@ def lpips(net: str) -> Lpips:
         pytest.skip(str(err))
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("net", ["alex", "vgg"])
 def test_lpips_matches_the_official_values_on_photographs(net, pairs):
     with torch.no_grad():

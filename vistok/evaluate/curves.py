@@ -163,7 +163,7 @@ def _draw(axis: Axes, curve: Curve) -> None:
         if is_noisy(points):
             axis.plot(*zip(*points), color=colour, linewidth=0.8, alpha=0.3)
             points = smooth(points, len(points) // 40)
-        marker = {"marker": "o", "markersize": 3.5} if len(points) <= 25 else {}
+        marker: dict[str, Any] = {"marker": "o", "markersize": 3.5} if len(points) <= 25 else {}
         axis.plot(*zip(*points), color=colour, linewidth=1.6, label=label, **marker)
     if curve.log or (curve.log is None and wants_log([[y for _, y in points] for points in lines.values()])):
         axis.set_yscale("log")

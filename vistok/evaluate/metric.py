@@ -90,6 +90,8 @@ class Metric(nn.Module):
     per_picture: ClassVar[bool] = True
     definition: ClassVar[str]
     weights_sha256: str | None = None
+    total: Tensor
+    count: Tensor
 
     def __init__(self, *, rounding: bool = True) -> None:
         super().__init__()

@@ -87,6 +87,10 @@ class Dists(Metric):
     span = (0.0, 1.0)
     least = 32
     definition = "DISTS with VGG16, at the pictures' own size"
+    alpha: Tensor
+    beta: Tensor
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, *, rounding: bool = True, weights: Path | None = None, vgg_weights: Path | None = None) -> None:
         super().__init__(rounding=rounding)

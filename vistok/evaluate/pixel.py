@@ -97,7 +97,7 @@ class MultiScaleSsim(Metric):
 
     def measure(self, reconstruction: Tensor, target: Tensor) -> Tensor:
         """See `Metric.measure`."""
-        product = 1.0
+        product = reconstruction.new_ones(())
         x, y = reconstruction, target
         for scale, weight in enumerate(MS_SSIM_WEIGHTS):
             if scale:

@@ -52,6 +52,9 @@ class GanLoss(nn.Module):
         lecam_decay: Decay of its running means.
     """
 
+    real_mean: Tensor
+    fake_mean: Tensor
+
     def __init__(self, *, lecam: float = 0.0, lecam_decay: float = 0.999) -> None:
         super().__init__()
         self.lecam = lecam

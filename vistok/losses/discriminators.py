@@ -15,6 +15,8 @@ from vistok.registry import register
 class BlurDownsample(nn.Module):
     """Low-pass [1, 3, 3, 1] in both directions, then every second pixel; zero padding as TensorFlow's `same`."""
 
+    kernel: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         taps = torch.tensor([1.0, 3.0, 3.0, 1.0])

@@ -65,6 +65,9 @@ class Lpips(FrozenLoss):
         AssetError: No weights on this machine; the message lists where they can come from.
     """
 
+    shift: Tensor
+    scale: Tensor
+
     def __init__(self, *, net: Net = "alex", weights: Path | None = None) -> None:
         super().__init__()
         self.net = net
@@ -133,6 +136,9 @@ class ConvNextLogits(FrozenLoss):
     Raises:
         AssetError: No weights on this machine; the message lists where they can come from.
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, *, weights: Path | None = None) -> None:
         super().__init__()
