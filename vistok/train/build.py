@@ -218,7 +218,7 @@ def _accelerator(recipe: Recipe) -> Accelerator:
         mixed_precision=precision(config, state.device),
         log_with=(available_trackers(config.trackers) if state.is_main_process else None) or None,
         project_config=folder,
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)],
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused, broadcast_buffers=False)],
     )
     accelerator.gradient_accumulation_steps = accumulation(config, accelerator.num_processes)
     accelerator.init_trackers("tensorboard")

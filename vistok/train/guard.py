@@ -38,7 +38,7 @@ class Guard:
         self._buffers: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
     def begin(self, trained: Mapping[str, nn.Module]) -> None:
-        """A step begins: remember buffers (running statistics, averaged code books), which a bad step would spoil."""
+        """A step begins: remember buffers (running statistics, moving code books), which a bad step would spoil."""
         self._bad = False
         self._buffers = {name: [(b, b.clone()) for b in module.buffers()] for name, module in trained.items()}
 

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from vistok.train.steps.base import Part
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -57,6 +59,23 @@ class Means:
         if accelerator.num_processes > 1:
             means = accelerator.reduce(means, "mean")
         return dict(zip(names, means.tolist()))
+
+
+def gradient_norms(part: Part, probe: nn.Parameter | None) -> dict[str, Tensor]:
+    """Norm of each weighted loss's gradient at the last layer: which loss pulls how hard.
+
+    Losses that do not reach the layer (a quantizer's) have none.
+    """
+    if probe is None or not probe.requires_grad:
+        return {}
+    norms = {}
+    for name, weight in part.weights.items():
+        term = part.terms[name]
+        if term.requires_grad:
+            (gradient,) = torch.autograd.grad(term, probe, retain_graph=True, allow_unused=True)
+            if gradient is not None:
+                norms[f"grad_norm_of/{name}"] = weight * gradient.detach().norm()
+    return norms
 
 
 class Log:

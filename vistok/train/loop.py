@@ -12,10 +12,11 @@ from vistok.data.base import Batch
 from vistok.train import build, checkpoint, optim, outcome
 from vistok.train.build import Run
 from vistok.train.guard import StopSignal, find_cause
-from vistok.train.log import Log
+from vistok.train.log import Log, gradient_norms
 from vistok.train.outcome import Reason, TrainResult
 from vistok.train.recipe import Recipe
 from vistok.train.steps.base import Part
+from vistok.train.watch import Watch
 
 
 def train(recipe: Recipe, *, command: str = "") -> TrainResult:
@@ -49,7 +50,7 @@ def train(recipe: Recipe, *, command: str = "") -> TrainResult:
 
 def _loop(run: Run, log: Log, stop: StopSignal) -> Reason:
     config, every = run.recipe.train, run.recipe.eval.every
-    saved = run.resumed
+    saved, watch = run.resumed, Watch()
     reason: Reason = "time" if run.spent >= 1 else "done"
     with closing(run.loader.steps(run.step, config.steps)) as steps:
         while run.step < config.steps and reason == "done":
@@ -63,7 +64,7 @@ def _loop(run: Run, log: Log, stop: StopSignal) -> Reason:
             over = reason != "done" or run.step == config.steps
             log.advance(run.step)
             if run.step % config.log_every == 0 or over:
-                log.write(run.step, run.seconds, run.loader.waited, {**lrs, **_facts(run)})
+                watch.look(log.write(run.step, run.seconds, run.loader.waited, {**lrs, **_facts(run)}))
             if every and run.step % every == 0 and not over:
                 figures = outcome.evaluate(run, run.out / "eval" / f"step_{run.step:09d}", "")
                 log.record({"step": run.step, **{f"eval/{name}": value for name, value in figures.items()}})
@@ -79,10 +80,14 @@ def _optimise(run: Run, batches: list[Batch], log: Log) -> None:
     seen: list[dict[str, Tensor]] = []
     updated: set[str] = set()
     run.guard.begin(run.bare)
+    before = {name: value.clone() for name, value in run.task.state().items()}
+    probing = (run.step + 1) % run.recipe.train.log_every == 0
     for micro, batch in enumerate(batches):
         generator = build.seed_noise(run, micro)
         with run.accelerator.accumulate(*run.task.trained.values()):
             for part in run.task.run(batch, run.step, generator):
+                if probing and run.accelerator.sync_gradients:
+                    seen.append(gradient_norms(part, run.task.probe))
                 run.accelerator.backward(part.loss)
                 seen.append(_figures(run, part))
                 if run.accelerator.sync_gradients and _update(run, part, seen):
@@ -92,6 +97,8 @@ def _optimise(run: Run, batches: list[Batch], log: Log) -> None:
     if run.guard.end(run.step):
         for figures in seen:
             log.means.add(figures)
+    else:
+        run.task.load_state(before)
 
 
 def _update(run: Run, part: Part, seen: list[dict[str, Tensor]]) -> bool:

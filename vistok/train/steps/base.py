@@ -110,6 +110,7 @@ class Step:
         unused_parameters: Whether some trained parameters may get no gradient in a step.
         trained: Part name to trained module. The loop replaces the modules by their prepared (wrapped) forms.
         helpers: Modules that are used but not trained; moved to the device.
+        probe: Parameter of the deliverable that every loss reaches, for gradient norms per loss; None for none.
     """
 
     parts: ClassVar[tuple[str, ...]] = ("model",)
@@ -119,11 +120,13 @@ class Step:
     registry_name: ClassVar[str]
     trained: dict[str, nn.Module]
     helpers: nn.ModuleDict
+    probe: nn.Parameter | None = None
 
     def setup(self, model: nn.Module, losses: Losses) -> None:
         """Take the model and build the rest; a step with further parts builds their modules here."""
         self.trained = {self.parts[0]: model}
         self.helpers = nn.ModuleDict({"losses": losses})
+        self.probe = getattr(model, "last_layer", None)
 
     def run(self, batch: Batch, step: int, generator: torch.Generator) -> Iterator[Part]:
         """The parts of one forward pass, in order.
