@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vistok.config import merge
+from vistok.registry import register
 from vistok.train import checkpoint
 from vistok.train.recipe import Recipe, from_dict
+from vistok.train.steps.reconstruct import Reconstruct
 
 SIZE = {"width": 32, "depth": 1, "heads": 2}
 BASE: dict[str, Any] = {
@@ -33,6 +36,19 @@ BASE: dict[str, Any] = {
     "optim": {"name": "adamw", "lr": 1e-3, "warmup": 2},
     "train": {"steps": 6, "global_batch": 4, "log_every": 2, "save_every": 3, "trackers": []},
 }
+
+
+@register("step", "paused")
+class Paused(Reconstruct):
+    """Reconstruction that sleeps in every step, so that there is time to be killed."""
+
+    def __init__(self, *, seconds: float = 0.0) -> None:
+        super().__init__()
+        self.seconds = seconds
+
+    def run(self, batch, step, generator):
+        time.sleep(self.seconds)
+        yield from super().run(batch, step, generator)
 
 
 def values(out: Path, over: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -62,7 +78,7 @@ def start(recipe_file: Path, *overrides: str, rank: int = 0, world: int = 1, por
 
 
 def main() -> None:
-    """Train the recipe given on the command line; `kill_at=N` sends SIGKILL to itself after step N's update."""
+    """Train the recipe given on the command line."""
     from vistok.train.loop import train
     from vistok.train.recipe import load
 

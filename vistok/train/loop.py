@@ -12,7 +12,7 @@ from vistok.data.base import Batch
 from vistok.train import build, checkpoint, optim, outcome
 from vistok.train.build import Run
 from vistok.train.guard import StopSignal, find_cause
-from vistok.train.log import Log, gradient_norms
+from vistok.train.log import Log, Means, gradient_norms
 from vistok.train.outcome import Reason, TrainResult
 from vistok.train.recipe import Recipe
 from vistok.train.steps.base import Part
@@ -55,8 +55,8 @@ def _loop(run: Run, log: Log, stop: StopSignal) -> Reason:
     with closing(run.loader.steps(run.step, config.steps)) as steps:
         while run.step < config.steps and reason == "done":
             began = time.perf_counter()
-            lrs = _set_learning_rates(run)
-            _optimise(run, next(steps), log)
+            lrs = set_learning_rates(run)
+            optimise(run, next(steps), log.means)
             run.step += 1
             run.seconds += time.perf_counter() - began
 
@@ -75,8 +75,8 @@ def _loop(run: Run, log: Log, stop: StopSignal) -> Reason:
     return reason
 
 
-def _optimise(run: Run, batches: list[Batch], log: Log) -> None:
-    """One step: forward and backward for every batch, an update for every part."""
+def optimise(run: Run, batches: list[Batch], means: Means) -> None:
+    """One step: forward and backward for every batch, an update for every part; its figures go into `means`."""
     seen: list[dict[str, Tensor]] = []
     updated: set[str] = set()
     run.guard.begin(run.bare)
@@ -96,7 +96,7 @@ def _optimise(run: Run, batches: list[Batch], log: Log) -> None:
         run.ema.update()
     if run.guard.end(run.step):
         for figures in seen:
-            log.means.add(figures)
+            means.add(figures)
     else:
         run.task.load_state(before)
 
@@ -121,7 +121,8 @@ def _update(run: Run, part: Part, seen: list[dict[str, Tensor]]) -> bool:
     return bool(good)
 
 
-def _set_learning_rates(run: Run) -> dict[str, float]:
+def set_learning_rates(run: Run) -> dict[str, float]:
+    """Give every optimiser the rate of the coming step; the rates by their names in the log."""
     rates = {}
     for name, settings in run.recipe.optims.items():
         rate = settings.lr_at(run.step, run.recipe.train.steps, run.spent)
