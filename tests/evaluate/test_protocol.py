@@ -96,6 +96,7 @@ def test_nested_values_become_dotted_rows():
         (["/usr/bin/vistok", "eval", "a b"], "vistok eval 'a b'"),
         (["/x/vistok/__main__.py", "list"], "python -m vistok list"),
         (["tools/run.py", "x=1"], "python tools/run.py x=1"),
+        (["-c"], "python"),
     ],
 )
 def test_command_is_as_one_would_type_it(monkeypatch, argv, expected):

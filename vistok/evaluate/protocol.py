@@ -121,7 +121,7 @@ def command() -> str:
     elif path.suffix == ".py":
         words = ["python", program]
     else:
-        words = [path.name or "python"]
+        words = ["python"] if program in ("", "-", "-c") else [path.name]
     return shlex.join([*words, *arguments])
 
 

@@ -118,7 +118,7 @@ def write_page(
         _figures(figures),
         _groups(groups or {}, ranked_by),
         _curves(curves),
-        *(_table(t) for t in tables),
+        f'<div class="tables">{"".join(_table(t) for t in tables)}</div>' if tables else "",
         _gallery(gallery),
         _protocol(protocol),
     ]
@@ -270,8 +270,8 @@ def _cell(value: Any) -> str:
 
 
 def _number(value: float) -> str:
-    if isinstance(value, int):
-        return f"{value:,}".replace(",", "&#8239;") if abs(value) >= 10_000 else str(value)
+    if float(value).is_integer() and abs(value) < 1e12:
+        return f"{int(value):,}".replace(",", "&#8239;") if abs(value) >= 10_000 else str(int(value))
     if value == 0 or 0.01 <= abs(value) < 10_000:
         decimals = 4 if abs(value) < 1 else 3 if abs(value) < 10 else 2
         return f"{value:.{decimals}f}"

@@ -48,6 +48,8 @@ tr:last-child > th, tr:last-child > td { border-bottom: 0; }
 thead th { font-size: 0.78rem; color: var(--soft); background: var(--wash); white-space: nowrap; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; }
 thead th.number { text-align: right; }
+.tables { display: grid; gap: 0 24px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)); }
+.tables section { min-width: 0; }
 .below { margin-top: 8px; }
 .facts th { font-weight: 500; color: var(--soft); white-space: nowrap; width: 1%; }
 .facts td { font-size: 0.8rem; overflow-wrap: anywhere; }
