@@ -179,6 +179,67 @@ def test_bench_writes_what_it_prints(capsys: Any, tmp_path: Path) -> None:
     assert "Ids that bf16 leaves equal" in said
 
 
+def test_bench_quantizers_prints_a_row_each_and_writes_json(capsys: Any, tmp_path: Path) -> None:
+    said = ran(capsys, "bench", "quantizers", "--kinds", "fsq,bsq", "--steps", 2, "--out", tmp_path / "b.json")
+    assert {row["spec"]["name"] for row in json.loads((tmp_path / "b.json").read_text())["rows"]} == {"fsq", "bsq"}
+    assert "bsq" in said
+
+
+TINY = """
+model:
+  name: titok
+  image_size: 32
+  patch_size: 8
+  num_tokens: 4
+  encoder: {width: 32, depth: 1, heads: 2}
+  decoder: {width: 32, depth: 1, heads: 2}
+  quantizer: {name: fsq, levels: [8, 8]}
+data: {name: photos, split: train}
+losses: {mse: 1.0}
+optim: {name: adamw, lr: 1.0e-3}
+train: {steps: 2, global_batch: 4, out: "???", trackers: []}
+eval: {data: {name: photos, split: heldout}, metrics: [psnr]}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY)
+    return path
+
+
+def test_train_ends_with_a_model_that_the_other_commands_take(capsys: Any, recipe: Path, pictures: Path) -> None:
+    out = recipe.parent / "run"
+    assert run(["train", str(recipe), f"train.out={out}", "train.steps=3"]) == 0
+    assert "report.html" in capsys.readouterr().out
+    ran(capsys, "encode", out / "tokenizer", pictures, "--out", out / "ids")
+
+
+def test_train_estimates_without_leaving_a_trace(capsys: Any, recipe: Path) -> None:
+    out = recipe.parent / "run"
+    said = ran(capsys, "train", recipe, f"train.out={out}", "--estimate")
+    assert re.search(r"^time +.* images/s", said, re.MULTILINE)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("train.setps=3", "train.setps: "),
+        ("model.quantizer.levels=3", "model.quantizer.levels: expected a list of int"),
+        ("train.steps", "is not an override"),
+        ("data.split=test", "data.split: expected one of"),
+    ],
+)
+def test_a_wrong_override_names_its_dotted_key(capsys: Any, recipe: Path, override: str, expected: str) -> None:
+    assert expected in failed(capsys, "train", recipe, "train.out=nowhere", override)
+
+
+def test_a_value_left_open_is_asked_for(capsys: Any, recipe: Path) -> None:
+    assert "train.out" in failed(capsys, "train", recipe)
+
+
 # -- list, info ----------------------------------------------------------------------------------------------------
 
 

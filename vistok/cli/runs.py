@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,12 +23,23 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. train.steps=100")
     ] = None,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Measure 20 steps and say what the run would cost.")
+    ] = False,
 ) -> None:
     """Train what a recipe says, or continue it; evaluate and save it."""
+    from vistok.train.launch import start_missing_processes
+
+    start_missing_processes()
     from vistok.evaluate.protocol import command
     from vistok.train.loop import train as run
     from vistok.train.recipe import load as read
 
+    if estimate:
+        from vistok.train.estimate import estimate as reckon
+
+        typer.echo(str(reckon(read(recipe, overrides or []))))
+        return
     result = run(read(recipe, overrides or []), command=command())
     if result.stopped == "signal":
         raise typer.Exit(SIGNALLED)
@@ -90,11 +102,8 @@ def bench_tokenizer(
     out: Annotated[Path | None, typer.Option(help="JSON file for the result; replaced if it exists.")] = None,
 ) -> None:
     """Encode and decode against a plain implementation with the same weights."""
-    import json
-
     from vistok.cli.show import Rows
     from vistok.evaluate.bench_tokenizer import run
-    from vistok.hub import write_atomic
 
     result = run(model, batch=batch, rounds=rounds, threads=threads)
     cells = [
@@ -113,6 +122,36 @@ def bench_tokenizer(
         f"{result.transformer_share[p]:.0%} of {peak:.0f} GFLOP/s in {p}" for p, peak in result.peak_gflops.items()
     )
     typer.echo(f"Transformer of the encoder reaches {shares}. Ids that bf16 leaves equal: {result.equal_ids:.2%}.")
-    if out is not None:
-        write_atomic(out, json.dumps(result.to_dict(), indent=2).encode())
-        typer.echo(f"Wrote {out}")
+    _write_json(out, result.to_dict())
+
+
+@bench.command("quantizers")
+def bench_quantizers(
+    kinds: Annotated[str, typer.Option(help="Registered names or labels, separated by commas; all by default.")] = "",
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of each.")] = 600,
+    batch: Annotated[int, typer.Option(min=1, help="Crops per step.")] = 64,
+    seed: Annotated[int, typer.Option(help="Of weights and crops.")] = 0,
+    photos: Annotated[Path | None, typer.Option(help="Folder of JPEG files; the bundled ones by default.")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file for the result; replaced if it exists.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Diagram (PNG, SVG or PDF); replaced if it exists.")] = None,
+) -> None:
+    """Train every quantizer on the same toy autoencoder: reconstruction, usage, time and memory."""
+    from vistok.evaluate import bench_quantizers as module
+
+    chosen = files.listed(kinds) or None
+    result = module.run(kinds=chosen, steps=steps, batch=batch, seed=seed, photos=photos)
+    module.print_table(result)
+    if plot is not None:
+        module.plot(result, plot)
+        typer.echo(f"Wrote {plot}")
+    _write_json(out, result.as_dict())
+
+
+def _write_json(path: Path | None, content: Mapping[str, Any]) -> None:
+    if path is not None:
+        import json
+
+        from vistok.hub import write_atomic
+
+        write_atomic(path, json.dumps(content, indent=2).encode())
+        typer.echo(f"Wrote {path}")
