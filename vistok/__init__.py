@@ -10,13 +10,14 @@ from vistok.registry import info
 from vistok.registry import list_names as list
 
 if TYPE_CHECKING:
+    from vistok.plugins.attach import attach
     from vistok.tokenizers.load import load
     from vistok.tokens import Tokens
 
 __version__ = "0.1.0"
-__all__ = ["Tokens", "__version__", "create", "info", "list", "load"]
+__all__ = ["Tokens", "__version__", "attach", "create", "info", "list", "load"]
 
-_LAZY = {"Tokens": "vistok.tokens", "load": "vistok.tokenizers.load"}
+_LAZY = {"Tokens": "vistok.tokens", "load": "vistok.tokenizers.load", "attach": "vistok.plugins.attach"}
 
 
 def __getattr__(name: str) -> Any:

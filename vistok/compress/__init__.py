@@ -1,0 +1,1 @@
+"""What to keep: scores, selections, merges, budgets and traces as pure functions. Knows no model."""

@@ -1,0 +1,231 @@
+"""`Method`: what every compression method is. A file in `methods/` adds one; nothing else changes."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+
+from vistok.compress.budget import Budget, HostShape, check_keep, default_layers, rescale, solve_count, tokens_per_layer
+from vistok.compress.reduction import Reduction
+from vistok.compress.score import Direction
+from vistok.compress.view import View
+
+Stage = Literal["vision", "features", "prefill", "decode"]
+Rounding = Literal["floor", "round"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut:
+    """One removal inside the language model during prefill.
+
+    Attributes:
+        layer: Layer in front of which tokens go.
+        source: Layer whose attention is read, None if none is. Below `layer` its own attention after it ran; equal to
+            `layer` the attention that layer is about to compute (it costs one more key projection).
+    """
+
+    layer: int
+    source: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """What a method decided at a cut.
+
+    Attributes:
+        reduction: Over all columns; None if every token stays.
+        counts: Tokens left per sample and image.
+    """
+
+    reduction: Reduction | None
+    counts: list[list[int]]
+
+
+class Method:
+    """Base of all methods; says what a method does not do, so that each states only what it does.
+
+    Attributes:
+        stages: Where the method acts.
+        merges: It merges tokens (else it only selects).
+        needs: What a `features` method wants to know: a subset of pixels, grid, keys, cls_row, text.
+        per_head: A `decode` method that evicts per key/value head.
+        reference: Published behaviour instead of the defaults.
+        renumber: Positions are counted anew after a cut; otherwise tokens keep theirs.
+        direction: Which token transition is summed, see `score.transition`.
+        accumulate: Layers whose token transitions are summed.
+    """
+
+    stages: ClassVar[frozenset[Stage]] = frozenset()
+    merges: ClassVar[bool] = False
+    needs: ClassVar[frozenset[str]] = frozenset()
+    per_head: bool = False
+    reference: bool = False
+    direction: Direction = "signed"
+
+    @property
+    def renumber(self) -> bool:
+        """Whether positions are renumbered."""
+        return False
+
+    @property
+    def scope(self) -> Literal["image", "row"]:
+        """What a budget counts over: every image (default) or all image tokens of a sample (published code)."""
+        return "row" if self.reference else "image"
+
+    def cuts(self, depth: int) -> list[Cut]:
+        """Cuts inside a language model of that depth."""
+        return []
+
+    def accumulate(self, depth: int) -> range:
+        """Layers whose token transition variation is summed up."""
+        return range(0)
+
+    def rows(self, view: View) -> Tensor | None:
+        """Query rows that the method scores with, a mask over the uncompressed prompt, (B, L)."""
+        return None
+
+    def reduce(self, view: View, host: HostShape) -> Decision:
+        """Decide at a prefill cut."""
+        raise NotImplementedError
+
+    def window(self, view: View) -> Tensor | None:
+        """Query rows whose attention decides about the cache, a mask over the current columns, (B, L)."""
+        return None
+
+    def evicted_layers(self, depth: int) -> range:
+        """Layers whose cache shrinks after prefill; never layer 0, whose length tells the prompt's length."""
+        return range(0)
+
+    def evict(self, view: View, received: Tensor | None, host: HostShape) -> Decision:
+        """Decide what stays in the cache of a layer.
+
+        Args:
+            view: The columns of this layer.
+            received: Attention mass that every key received from the window, summed over rows and the query heads of
+                a key head, float32, (B, kv_heads, L).
+            host: The language model.
+        """
+        raise NotImplementedError
+
+    def config(self) -> dict[str, Any]:
+        """Settings as given, for reports."""
+        return {k: v for k, v in vars(self).items() if not k.startswith("_")}
+
+
+class ScheduledMethod(Method):
+    """A method that cuts to a known number of tokens in front of given layers.
+
+    Attributes:
+        published_layers: Layers of the paper, for a model of 32.
+        published_ratios: Share of an image's tokens left after each cut.
+        rounding: How a share becomes a number.
+    """
+
+    stages = frozenset({"prefill"})
+    published_layers: ClassVar[tuple[int, ...]] = ()
+    published_ratios: ClassVar[tuple[float, ...]] = ()
+    rounding: ClassVar[Rounding] = "floor"
+
+    def __init__(
+        self,
+        *,
+        keep: int | float | Budget | None = None,
+        layers: Sequence[int] | None = None,
+        ratios: Sequence[float] | None = None,
+        reference: bool = False,
+    ) -> None:
+        check_keep(keep)
+        self.keep = keep
+        self.layers = None if layers is None else tuple(layers)
+        self.ratios = tuple(self.published_ratios if ratios is None else ratios)
+        self.reference = reference
+        cuts = len(self.ratios if self.layers is None else self.layers)
+        if cuts != len(self.ratios) or not self.ratios:
+            raise ValueError(
+                f"{len(self.layers or ())} layers and {len(self.ratios)} ratios: give one ratio per layer."
+            )
+        if list(self.ratios) != sorted(self.ratios, reverse=True) or not 0 < self.ratios[-1] <= self.ratios[0] <= 1:
+            raise ValueError(f"ratios={list(self.ratios)}: shares of the original tokens fall and lie in (0, 1].")
+
+    def cut_layers(self, depth: int) -> tuple[int, ...]:
+        """Layers in front of which the cuts fall.
+
+        Raises:
+            ValueError: Explicit layers that are not increasing inside 1..depth-1.
+        """
+        if self.layers is None:
+            scaled = default_layers(self.published_layers, depth)
+            return scaled if len(scaled) == len(self.ratios) else scaled[-len(self.ratios) :]
+        check_layers(self.layers, depth)
+        return self.layers
+
+    def cuts(self, depth: int) -> list[Cut]:
+        """One cut per ratio, scored by `source_of`."""
+        return [Cut(layer=layer, source=self.source_of(layer)) for layer in self.cut_layers(depth)]
+
+    def source_of(self, layer: int) -> int | None:
+        """Layer whose attention the cut in front of `layer` reads."""
+        return None
+
+    def schedule(self, n: int, share: float | None) -> list[int]:
+        """Tokens of an image of n after every cut, for a final share (None: the published one)."""
+        ratios = self.ratios
+        if share is not None:
+            ratios = rescale(ratios, share) if ratios[-1] < 1 else (share,) * len(ratios)
+        to_int = round if self.rounding == "round" else math.floor
+        floor = 0 if self.reference else 1
+        return [max(floor, min(n, to_int(n * r + (0 if self.rounding == "round" else 1e-9)))) for r in ratios]
+
+    def quota(self, n: int, host: HostShape) -> list[int]:
+        """Tokens of an image of n after every cut, under `keep`."""
+        if n == 0 or self.keep is None:
+            return self.schedule(n, None)
+        if isinstance(self.keep, float):
+            return self.schedule(n, self.keep)
+        layers = self.cut_layers(host.depth)
+
+        def plan(share: float) -> list[int]:
+            return tokens_per_layer(n, layers, self.schedule(n, share), host.depth)
+
+        budget = Budget(count=self.keep) if isinstance(self.keep, int) else self.keep
+        count = solve_count(budget, n, host, plan)
+        return [*self.schedule(n, count / n)[:-1], count]
+
+    def reduce(self, view: View, host: HostShape) -> Decision:
+        """Keep the best-scored tokens of every image."""
+        quotas = [[self.quota(n, host)[view.stage] for n in row] for row in view.sizes]
+        quotas = [[min(q, n) for q, n in zip(row, now)] for row, now in zip(quotas, view.counts)]
+        if quotas == view.counts:
+            return Decision(reduction=None, counts=view.counts)
+        return Decision(reduction=view.keep_top(self.scores(view), quotas), counts=quotas)
+
+    def scores(self, view: View) -> Tensor:
+        """Score of every token, larger is better, (B, L) float32 or float64."""
+        raise NotImplementedError
+
+
+def check_layers(layers: Sequence[int], depth: int) -> None:
+    """Refuse layers that a model of that depth cannot be cut at.
+
+    Raises:
+        ValueError: Not strictly increasing inside 1..depth-1.
+    """
+    rising = all(a < b for a, b in itertools.pairwise(layers))
+    if not layers or not rising or layers[0] < 1 or layers[-1] > depth - 1:
+        raise ValueError(
+            f"layers={list(layers)}: cuts fall in front of layers 1..{depth - 1} of this model, strictly increasing. "
+            "To drop tokens before the first layer use a method of the features stage."
+        )
+
+
+def attention_received(view: View) -> Tensor:
+    """Mean over heads and query rows of the probabilities in a view, (B, L) float32."""
+    assert view.attention is not None and view.row_valid is not None
+    mean = view.attention.mean(1)  # (B, R, L)
+    weight = view.row_valid.unsqueeze(-1).to(mean.dtype)
+    return (mean * weight).sum(1) / weight.sum(1).clamp_min(1)

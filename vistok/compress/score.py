@@ -1,0 +1,91 @@
+"""Scores of tokens from attention rows and from transitions, all in float32."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Direction = Literal["signed", "abs"]
+
+
+def row_probabilities(q: Tensor, k: Tensor, *, scale: float, visible: Tensor) -> Tensor:
+    """Attention probabilities of a few query rows over all keys; O(rows x keys), grouped heads included.
+
+    Args:
+        q: Queries after rotation, (B, heads, R, d).
+        k: Keys after rotation, (B, kv_heads, L, d).
+        scale: Factor of the logits.
+        visible: True where a row may look, (B, R, L).
+
+    Returns:
+        float32, (B, heads, R, L); zero where a row sees nothing.
+    """
+    batch, heads, rows, d = q.shape
+    groups = heads // k.shape[1]
+    grouped = q.reshape(batch, k.shape[1], groups * rows, d)
+    logits = (grouped @ k.transpose(2, 3)).float() * scale  # (B, kv_heads, groups * R, L)
+    logits = logits.view(batch, heads, rows, -1)
+    hidden = ~visible.unsqueeze(1)
+    probabilities = logits.masked_fill(hidden, torch.finfo(torch.float32).min).softmax(-1)
+    return probabilities.masked_fill(hidden, 0)
+
+
+def mean_over_rows(values: Tensor, row_valid: Tensor) -> Tensor:
+    """Mean over the valid rows: values (B, R, L), row_valid (B, R) -> (B, L)."""
+    weight = row_valid.unsqueeze(-1).to(values.dtype)
+    return (values * weight).sum(1) / weight.sum(1).clamp_min(1)
+
+
+def transition(before: Tensor, after: Tensor, valid: Tensor, direction: Direction = "signed") -> Tensor:
+    """Token transition variation of one module (TransPrune, arXiv 2507.20630, section 3).
+
+    The norm ratio |after| / |before| times exp(1 - cosine), the latter normalised over the row's tokens. The paper
+    takes 1 - |cosine| (`abs`), the released code 1 - cosine (`signed`, what the golden file holds).
+
+    Args:
+        before: What the module received, after its norm, (B, L, D).
+        after: What it returned, before the residual sum, (B, L, D).
+        valid: Real tokens, (B, L). The released code sums over the whole batch; per row it does not depend on the
+            batch and equals it for one sample.
+        direction: Which of the two.
+
+    Returns:
+        float32, (B, L); 0 at padding.
+    """
+    before, after = before.float(), after.float()
+    size_before, size_after = before.norm(dim=-1), after.norm(dim=-1)
+    cosine = (before * after).sum(-1) / (size_before.clamp_min(1e-8) * size_after.clamp_min(1e-8))
+    turned = torch.exp(1 - (cosine.abs() if direction == "abs" else cosine)) * valid
+    ratio = size_after / size_before.masked_fill(~valid, 1)
+    term: Tensor = ratio * turned / turned.sum(1, keepdim=True).clamp_min(1e-8) * valid
+    return term
+
+
+def matrix_rank(matrix: Tensor) -> Tensor:
+    """Numerical rank with the tolerance largest singular value x longer side x eps, float32, (...)."""
+    matrix = matrix.float()
+    values = torch.linalg.svdvals(matrix)
+    eps = torch.finfo(torch.float32).eps
+    rank: Tensor = (values > values.amax(-1, keepdim=True) * max(matrix.shape[-2:]) * eps).sum(-1)
+    return rank
+
+
+def rotary_gravity(angles: Tensor, distance: Tensor, head_dim: int, floor: float = 0.1) -> Tensor:
+    """Weight that rotary positions alone give to a distance (SparseVLM+): a table instead of an L x L product.
+
+    All-ones queries and keys of a rotary layer have the product 2 * sum_i cos(distance * theta_i), / sqrt(head_dim).
+
+    Args:
+        angles: theta_i, the inverse frequencies, (head_dim / 2,).
+        distance: Row position minus column position, any shape.
+        head_dim: Width of a head.
+        floor: The weight is kept above this share of its value at distance 0: beyond 725 tokens (heads of 64) it
+            passes through zero, and dividing by it would make the scores explode. LLaVA-1.5 never gets there.
+    """
+    longest = int(distance.abs().max()) + 1
+    steps = torch.arange(longest, device=distance.device, dtype=torch.float32)
+    table = 2 * torch.cos(steps.unsqueeze(1) * angles.float().to(distance.device)).sum(1) / head_dim**0.5
+    found: Tensor = table.clamp_min(floor * float(head_dim**0.5))[distance.abs()]
+    return found

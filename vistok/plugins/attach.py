@@ -1,0 +1,182 @@
+"""`vistok.attach`: put a compression method on a host model, and take it off again."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from types import TracebackType
+from typing import Any
+
+from torch import nn
+
+from vistok.compress.method import Method
+from vistok.compress.trace import Trace
+from vistok.config import create
+from vistok.plugins.families.base import Family, family_of
+from vistok.plugins.handle import Handle
+from vistok.plugins.report import Report, build_report
+from vistok.plugins.rows import can_score
+from vistok.plugins.runtime import Runtime
+from vistok.plugins.wrap import Generate
+
+OWNER = "_vistok_plugin"
+
+
+class Plugin:
+    """A method at work on a host. Use it as a context manager, or keep it and call `detach()`.
+
+    Attributes:
+        model: The host.
+        method: The method.
+        name: Registered name of the method.
+        family: What kind of host it is.
+    """
+
+    def __init__(self, model: Any, family: Family, method: Method) -> None:
+        self.model, self.family, self.method = model, family, method
+        self.name: str = getattr(method, "registry_name", type(method).__name__)
+        self.runtime = Runtime(model, family, method)
+        self.handle = Handle()
+
+    def __enter__(self) -> Plugin:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.detach()
+
+    @property
+    def attached(self) -> bool:
+        """Whether the method is on the host."""
+        return self.handle.active
+
+    def detach(self) -> None:
+        """Take the method off; the host is exactly what it was. A second call does nothing.
+
+        A cache that was shortened can only go on while the plug-in is attached.
+        """
+        self.handle.remove()
+
+    remove = detach
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Leave new prompts alone inside the block; caches that are already short stay right."""
+        before, self.runtime.enabled = self.runtime.enabled, False
+        try:
+            yield
+        finally:
+            self.runtime.enabled = before
+
+    @property
+    def trace(self) -> Trace:
+        """Tokens entering each layer and cached per layer, per sample, of the last call.
+
+        Raises:
+            RuntimeError: No prompt with pictures has run yet.
+        """
+        if self.runtime.last is None:
+            raise RuntimeError("There is no trace yet: run the model on a prompt with a picture first.")
+        return self.runtime.last.trace()
+
+    def report(self) -> Report:
+        """Tokens per layer, FLOPs and cache bytes of the last call, with and without the method."""
+        return build_report(self.name, self.method.config(), self.trace, self.runtime.host, self._element_size())
+
+    def _element_size(self) -> int:
+        dtype = next(self.runtime.text.parameters()).dtype
+        return int(dtype.itemsize)
+
+    def _install(self) -> None:
+        try:
+            self.runtime.install(self.handle)
+            self.handle.attribute(self.model, OWNER, self)
+            if hasattr(self.model, "generate"):
+                self.handle.attribute(self.model, "generate", Generate(self, self.model.generate))
+        except BaseException:
+            self.handle.remove()
+            raise
+
+
+def attach(model: nn.Module, method: str | Mapping[str, Any] | Method, **config: Any) -> Plugin:
+    """Compress a host's image tokens with a method.
+
+    Everything is checked first; if a check fails nothing has changed.
+
+    Args:
+        model: Any supported vision-language model of transformers, unmodified.
+        method: Registered name, a mapping `{name: ..., ...}` as in a YAML file, or a built method.
+        **config: Settings of the method. `keep` is the number of image tokens left after the last cut: an int per
+            image, a float share, or a `Budget`.
+
+    Returns:
+        The plug-in; leaving its `with` block (or `detach()`) undoes everything.
+
+    Raises:
+        TypeError: No family fits the model, or the method cannot run on it.
+        ValueError: Settings that do not fit, or a model that already has a plug-in.
+
+    Example:
+        >>> with vistok.attach(model, "fastv", keep=0.25) as plugin:      # doctest: +SKIP
+        ...     out = model.generate(**inputs)
+        ...     print(plugin.report())
+    """
+    built = _method(method, config)
+    carried = plugin_of(model)
+    if carried is not None:
+        raise ValueError(f"This model already carries {carried.name!r}. Detach it first; plug-ins do not nest.")
+    plugin = Plugin(model, family_of(model), built)
+    check(plugin)
+    plugin._install()
+    return plugin
+
+
+def plugin_of(model: nn.Module) -> Plugin | None:
+    """The plug-in a model carries (copies of a model carry a copy), None if it has none."""
+    found: Plugin | None = vars(model).get(OWNER)
+    return found
+
+
+def _method(method: str | Mapping[str, Any] | Method, config: dict[str, Any]) -> Method:
+    if isinstance(method, Method):
+        if config:
+            raise ValueError(f"{type(method).__name__} is built already; settings {sorted(config)} come too late.")
+        return method
+    if isinstance(method, Mapping):
+        config = {**method, **config}
+        if not isinstance(config.get("name"), str):
+            raise ValueError(f"A method as a mapping needs its name: {{name: fastv, ...}}, got {dict(method)}.")
+        method = config.pop("name")
+    name = str(method)
+    built: Method = create("method", name, **config)
+    return built
+
+
+def check(plugin: Plugin) -> None:
+    """Refuse what cannot work, before anything is changed.
+
+    Raises:
+        TypeError: Attention of a kind that rows cannot be read from.
+        ValueError: Renumbering under three-dimensional positions, chunked prefill.
+    """
+    method, runtime = plugin.method, plugin.runtime
+    if plugin.family.mrope and method.renumber:
+        raise ValueError(
+            f"{plugin.name} renumbers positions here, which three-dimensional positions do not allow. "
+            "Leave `reference` off: positions are then kept."
+        )
+    reads = [cut.source for _, cut in runtime.cuts.values() if cut.source is not None] + list(runtime.evicted)
+    for i in reads:
+        attn = runtime.text.layers[i].self_attn
+        if not can_score(attn):
+            raise TypeError(
+                f"{plugin.name} reads attention rows, and layer {i} is a {type(attn).__name__} without separate q_proj, "
+                "k_proj and rotary positions. Use a method that reads no attention, such as random or pool."
+            )
+    chunk = getattr(getattr(plugin.model, "generation_config", None), "prefill_chunk_size", None)
+    if chunk is not None:
+        raise ValueError(
+            f"generation_config.prefill_chunk_size={chunk}: chunked prefill shows a method only the first piece of the "
+            "prompt. Set it to None."
+        )

@@ -1,0 +1,129 @@
+"""`Family`: the five things the runtime has to know about a kind of host model."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from vistok.compress.budget import HostShape
+from vistok.registry import list_names, registry
+
+PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
+FIVE = (
+    "text_model(model): the decoder stack with `.layers`",
+    "placeholders(model): token id of each modality, {'image': id, 'video': id}",
+    "tower(model): the vision module whose blocks run before the projection",
+    "encode(model, kwargs): pixels to features, one (n, D) tensor per image",
+    "blocks(model, sizes, kwargs): how the tokens of an image lie on grids, and which are newlines",
+)
+
+
+class Family:
+    """One kind of host model. Subclass, override what differs, and decorate with `@register("family", name)`.
+
+    Attributes:
+        hosts: Class names of the models it fits (subclasses of them fit too).
+        mrope: Positions are three-dimensional, so they cannot be renumbered.
+        images_are_runs: An uninterrupted run of placeholders is one image, whatever the number of tiles it came in.
+    """
+
+    hosts: ClassVar[tuple[str, ...]] = ()
+    mrope: ClassVar[bool] = False
+    images_are_runs: ClassVar[bool] = False
+
+    @classmethod
+    def fits(cls, model: nn.Module) -> bool:
+        """Whether a model is of this family."""
+        return any(base.__name__ in cls.hosts for base in type(model).__mro__)
+
+    def base(self, model: Any) -> nn.Module:
+        """The model without its head, which splices features into the prompt."""
+        found: nn.Module = model.base_model
+        return found
+
+    def text_model(self, model: Any) -> Any:
+        """The decoder stack."""
+        return model.base_model.language_model
+
+    def tower(self, model: Any) -> Any:
+        """The vision module."""
+        return model.base_model.vision_tower
+
+    def placeholders(self, model: Any) -> dict[str, int]:
+        """Token id that stands for a feature, per modality."""
+        config = model.config
+        found = {"image": getattr(config, "image_token_id", None), "video": getattr(config, "video_token_id", None)}
+        return {k: v for k, v in found.items() if v is not None}
+
+    def encode(self, model: Any, kwargs: dict[str, Any], **extra: Any) -> dict[str, Any]:
+        """Run the tower on the pixels among `kwargs`, exactly as `generate()` does.
+
+        Args:
+            model: The host.
+            kwargs: Keyword arguments of its forward.
+            extra: Further arguments of the tower.
+
+        Returns:
+            One output per modality that has pixels; features under `pooler_output`.
+        """
+        outputs = {}
+        base = self.base(model)
+        for modality, pixels in PIXELS.items():
+            encoder = getattr(base, f"get_{modality}_features", None)
+            if encoder is None or kwargs.get(pixels) is None:
+                continue
+            names = [n for n in inspect.signature(encoder).parameters if n != "kwargs"]
+            given = {n: kwargs[n] for n in names if kwargs.get(n) is not None}
+            outputs[modality] = encoder(**given, **extra, return_dict=True)
+        return outputs
+
+    def features(self, output: Any) -> list[Tensor]:
+        """Features of an encoder output, one (n, D) tensor per image."""
+        pooled = output.pooler_output
+        return list(pooled) if not isinstance(pooled, Tensor) or pooled.ndim == 3 else [pooled]
+
+    def host_shape(self, model: Any) -> HostShape:
+        """Sizes of the language model."""
+        config = self.text_model(model).config
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return HostShape(
+            depth=len(self.text_model(model).layers),
+            width=config.hidden_size,
+            mlp=config.intermediate_size,
+            heads=config.num_attention_heads,
+            kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+            head_dim=head_dim,
+        )
+
+    def find_placeholders(self, model: Any, input_ids: Tensor | None, embeds: Tensor | None) -> dict[str, Tensor]:
+        """Mask of the placeholders of each modality, (B, L); by embedding where there are no ids."""
+        masks = {}
+        for modality, token in self.placeholders(model).items():
+            if input_ids is not None:
+                masks[modality] = input_ids == token
+            elif embeds is not None:
+                row = model.get_input_embeddings()(torch.tensor(token, device=embeds.device))
+                masks[modality] = (embeds == row.to(embeds.dtype)).all(-1)
+        return masks
+
+
+def family_of(model: nn.Module) -> Family:
+    """The family of a host model.
+
+    Raises:
+        TypeError: No registered family fits; the message says what an adapter supplies.
+    """
+    for name in list_names("family"):
+        _, builder, _ = registry("family").resolve(name)
+        if builder.fits(model):  # type: ignore[attr-defined]
+            found: Family = builder()
+            return found
+    supplied = "; ".join(f"({i}) {text}" for i, text in enumerate(FIVE, 1))
+    raise TypeError(
+        f"No family fits a {type(model).__name__}. Known: {', '.join(list_names('family')) or 'none'}. A family is a "
+        f"small class that supplies five things: {supplied}. Subclass vistok.plugins.families.base.Family, set "
+        '`hosts`, and decorate it with @vistok.registry.register("family", "my_name").'
+    )

@@ -1,0 +1,56 @@
+"""Replacements for `generate` and `forward` on one instance: picklable objects with the signature of what they wrap."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vistok.plugins.attach import Plugin
+
+
+class Wrapper:
+    """Stands in for a bound method of the host.
+
+    Args:
+        plugin: The plug-in in charge.
+        original: The bound method.
+    """
+
+    def __init__(self, plugin: Plugin, original: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, original)  # type: ignore[arg-type]
+        self.__wrapped__ = original  # transformers reads the signature through it
+        self.plugin = plugin
+
+
+class Generate(Wrapper):
+    """`generate` that refuses what compression cannot do, before anything runs."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate; see the host's own documentation."""
+        refuse_generation(self.plugin, args, kwargs)
+        return self.__wrapped__(*args, **kwargs)
+
+
+def refuse_generation(plugin: Plugin, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuse settings of `generate` that cannot work together with the method.
+
+    Raises:
+        ValueError: Chunked prefill, or a cache that entries cannot be taken out of.
+    """
+    config = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or plugin.model.generation_config
+
+    def setting(name: str) -> Any:
+        return kwargs[name] if kwargs.get(name) is not None else getattr(config, name, None)
+
+    if setting("prefill_chunk_size") is not None:
+        raise ValueError(
+            "Chunked prefill shows a method only the first piece of the prompt. Remove prefill_chunk_size, or detach "
+            "the plug-in for this call."
+        )
+    kind = setting("cache_implementation")
+    if plugin.runtime.evicted and kind not in (None, "dynamic"):
+        raise ValueError(
+            f"{plugin.name} evicts cache entries, which a {kind!r} cache does not allow. Remove cache_implementation."
+        )
