@@ -69,7 +69,8 @@ def test_encode_writes_one_file_per_picture_at_its_exact_size(
     found = sorted((tmp_path / "out").rglob("*.*"))
     assert [f.relative_to(tmp_path / "out").as_posix() for f in found] == ["cat.vtok", "inner/cup.vtok"]
     assert [f.stat().st_size for f in found] == [32, 32]
-    assert "64 bytes, 32 per picture" in said
+    assert "2 pictures -> " in said
+    assert "64 bytes, 32 each (Tokens(1 x 16 tokens, 8 bits each))" in said
 
 
 def test_decode_gives_what_the_model_decodes(capsys: Any, model: str, pictures: Path, tmp_path: Path) -> None:
@@ -84,7 +85,7 @@ def test_decode_gives_what_the_model_decodes(capsys: Any, model: str, pictures: 
 
 def test_patterns_and_several_sources_are_taken_once(capsys: Any, model: str, pictures: Path, tmp_path: Path) -> None:
     sources = [pictures / "cat.jpg", f"{pictures}/*.jpg"]
-    assert ran(capsys, "encode", model, *sources, "--out", tmp_path / "out").startswith("1 pictures")
+    assert ran(capsys, "encode", model, *sources, "--out", tmp_path / "out").startswith("1 picture -> ")
 
 
 def test_reconstruct_writes_pictures_and_a_comparison(capsys: Any, model: str, pictures: Path, tmp_path: Path) -> None:

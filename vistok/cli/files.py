@@ -47,7 +47,7 @@ def collect(sources: Sequence[str], find: Callable[[str], list[Path]]) -> dict[P
 
 
 def targets(files: Mapping[Path, Path], out: Path, ending: str, *, overwrite: bool) -> dict[Path, Path]:
-    """Where the result of each file goes: `out`, its place, and another ending. Folders are made.
+    """Where the result of each file goes: `out`, its place, and another ending.
 
     Raises:
         ValueError: Two files would become the same one.
@@ -60,9 +60,13 @@ def targets(files: Mapping[Path, Path], out: Path, ending: str, *, overwrite: bo
             raise ValueError(f"{owner[target]} and {file} would both become {target}. Give them in two commands.")
         owner[target] = file
     refuse_existing(list(owner), overwrite=overwrite)
-    for folder in {target.parent for target in owner}:
-        folder.mkdir(parents=True, exist_ok=True)
     return places
+
+
+def make_folders(places: Mapping[Path, Path]) -> None:
+    """Make the folders of the results."""
+    for folder in {target.parent for target in places.values()}:
+        folder.mkdir(parents=True, exist_ok=True)
 
 
 def refuse_existing(paths: Sequence[Path], *, overwrite: bool) -> None:
@@ -75,6 +79,11 @@ def refuse_existing(paths: Sequence[Path], *, overwrite: bool) -> None:
     if there and not overwrite:
         others = f" and {len(there) - 1} more" if len(there) > 1 else ""
         raise FileExistsError(f"{there[0]}{others} exist already. Give --overwrite to replace, or another --out.")
+
+
+def pictures(count: int) -> str:
+    """A number of pictures in words."""
+    return f"{count} picture{'s' * (count != 1)}"
 
 
 def listed(text: str) -> list[str]:

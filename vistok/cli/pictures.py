@@ -43,6 +43,7 @@ def encode(
     tokenizer = load(model, device)
     if not tokenizer.quantizer.vocab_sizes:
         raise ValueError(f"{model} has continuous latents, which a .vtok file cannot hold. Use a model with ids.")
+    files.make_folders(places)
     broken, total, count = files.Broken(), 0, 0
     with progress("encode", len(found)) as advance:
         for paths, images in read_batches(list(found), tokenizer.preprocess, batch, broken=broken.reasons):
@@ -52,7 +53,7 @@ def encode(
             count += len(paths)
             advance(count + len(broken.reasons))
     if count:
-        typer.echo(f"{count} pictures -> {out}: {total} bytes, {total / count:g} per picture ({made!r}).")
+        typer.echo(f"{files.pictures(count)} -> {out}: {total} bytes, {total / count:g} each ({made[0]!r}).")
     broken.finish()
 
 
@@ -66,6 +67,7 @@ def decode(
     found = files.collect(sources, lambda source: find_files(source, files.VTOK, ".vtok files"))
     places = files.targets(found, out, ".png", overwrite=overwrite)
     tokenizer = load(model, device)
+    files.make_folders(places)
     broken, count = files.Broken(), 0
     with progress("decode", len(found)) as advance:
         for paths, tokens in _read_tokens(list(found), tokenizer, batch, broken):
@@ -74,7 +76,7 @@ def decode(
             count += len(paths)
             advance(count + len(broken.reasons))
     if count:
-        typer.echo(f"{count} pictures -> {out}")
+        typer.echo(f"{files.pictures(count)} -> {out}")
     broken.finish()
 
 
@@ -99,6 +101,7 @@ def reconstruct(
     grids = {k: out / f"comparison{end}.png" for k, end in endings.items()}
     files.refuse_existing(list(grids.values()), overwrite=overwrite)
     tokenizer = load(model, device)
+    files.make_folders(next(iter(places.values())))
     broken, done = files.Broken(), 0
     with progress("reconstruct", len(found)) as advance:
         for paths, images in read_batches(list(found), tokenizer.preprocess, batch, broken=broken.reasons):
@@ -113,7 +116,7 @@ def reconstruct(
             done += len(paths)
             advance(done + len(broken.reasons))
     if done:
-        typer.echo(f"{done} pictures -> {out}; compare them in {', '.join(str(g) for g in grids.values())}")
+        typer.echo(f"{files.pictures(done)} -> {out}; compare them in {', '.join(str(g) for g in grids.values())}")
     broken.finish()
 
 

@@ -88,7 +88,7 @@ def _print_result(result: EvalResult) -> None:
         cells.append((result.labels[name], f"{value:.4g}", interval))
     facts = {**result.usage, **result.rate, **result.speed, **result.baselines}
     cells += [(name.replace("_", " "), f"{value:.4g}", "") for name, value in facts.items()]
-    Rows((f"{result.pictures} pictures", "value>", "95 % interval"), cells).print()
+    Rows((files.pictures(result.pictures), "value>", "95 % interval"), cells).print()
     for path in result.files.values():
         typer.echo(f"Wrote {path}")
 
