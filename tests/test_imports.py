@@ -14,7 +14,7 @@ import vistok
 
 PACKAGE = Path(__file__).parents[1] / "vistok"
 GROUND = frozenset(
-    {"registry", "config", "image", "tokens", "vocabulary", "assets", "hub", "unpickle"}
+    {"registry", "config", "image", "tokens", "vocabulary", "assets", "hub", "unpickle", "distributed"}
     & {p.stem for p in PACKAGE.glob("*.py")}
 )
 HOUSE = {"layers": GROUND}

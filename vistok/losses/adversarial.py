@@ -15,10 +15,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vistok.distributed import mean_with_local_gradient
 from vistok.registry import register
 
 
@@ -84,7 +84,7 @@ class GanLoss(nn.Module):
         return DiscriminatorTerms(adversarial + self.lecam * lecam, adversarial, lecam, accuracy.detach())
 
     def _lecam(self, real: Tensor, fake: Tensor) -> Tensor:
-        real_now, fake_now = _global_mean(real.mean()), _global_mean(fake.mean())
+        real_now, fake_now = mean_with_local_gradient(real.mean()), mean_with_local_gradient(fake.mean())
         term = F.relu(real_now - self.fake_mean).square() + F.relu(self.real_mean - fake_now).square()
         with torch.no_grad():  # used first, updated after; new tensors, since autograd has kept the old ones
             self.real_mean = torch.lerp(real_now.detach(), self.real_mean, self.lecam_decay)
@@ -166,17 +166,5 @@ def adaptive_weight(
         A scalar without gradient.
     """
     gradients = [torch.autograd.grad(loss, last_layer, retain_graph=True)[0] for loss in (reconstruction, adversarial)]
-    norms = [_global_mean(g.detach()).norm() for g in gradients]
+    norms = [mean_with_local_gradient(g.detach()).norm() for g in gradients]
     return (norms[0] / (norms[1] + epsilon)).clamp(0.0, largest)
-
-
-def _global_mean(value: Tensor) -> Tensor:
-    """The mean over processes, as a value; the gradient stays that of the local one.
-
-    Averaging gradients over processes, as every data-parallel wrapper does, then gives that of the global mean.
-    """
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return value
-    mean = value.detach().clone()
-    dist.all_reduce(mean)
-    return value + (mean / dist.get_world_size() - value.detach())

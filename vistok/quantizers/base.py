@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from vistok.quantizers.distributed import all_sum, world_size
+from vistok.distributed import all_sum, world_size
 from vistok.quantizers.usage import UsageTracker
 
 LOSS_TERMS = ("codebook", "commitment", "index", "entropy_sample", "entropy_batch", "saturation", "kl")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vistok.distributed import all_stack, all_sum, rank
 from vistok.quantizers.base import Positions, Quantized
-from vistok.quantizers.distributed import all_stack, all_sum, rank
 from vistok.quantizers.search import nearest
 from vistok.quantizers.vq import VectorQuantizer
 from vistok.registry import register

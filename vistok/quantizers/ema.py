@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vistok.distributed import all_stack, all_sum, from_first, rank
 from vistok.quantizers.base import Positions, Quantized
-from vistok.quantizers.distributed import all_stack, all_sum, from_first, rank
 from vistok.quantizers.search import nearest
 from vistok.quantizers.vq import ESTIMATORS, Gradient, TableQuantizer
 from vistok.registry import register

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from vistok.distributed import sum_with_local_gradient, world_size
 from vistok.quantizers.base import Positions
-from vistok.quantizers.distributed import sum_with_local_gradient, world_size
 from vistok.quantizers.search import TILE, tiles
 
 Cotangent = Callable[[Tensor, slice, slice], Tensor]

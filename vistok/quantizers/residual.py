@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from vistok.config import Of, Spec, create
+from vistok.distributed import from_first
 from vistok.quantizers.base import Positions, Quantized, Quantizer, require_positive
-from vistok.quantizers.distributed import from_first
 from vistok.quantizers.search import TILE
 from vistok.quantizers.vq import TableQuantizer
 from vistok.registry import register

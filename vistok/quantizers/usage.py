@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vistok.quantizers.distributed import all_stack, all_sum, world_size
+from vistok.distributed import all_stack, all_sum, world_size
 
 LARGEST_TABLE = 2**22
 """Vocabularies above this are counted by sorting the window, not by a table of all ids."""

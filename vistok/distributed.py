@@ -1,11 +1,13 @@
-"""The few collectives quantizers need; each is the identity where no process group is initialised.
+"""The few collectives layers, quantizers and losses need; each is the identity where no process group is initialised.
 
-Whether several processes run is asked at call time, never remembered: a quantizer may be built before
+Whether several processes run is asked at call time, never remembered: a module may be built before
 `torch.distributed.init_process_group`. Every message has a size that does not depend on the data of a process, so
 processes with unequal (even empty) batches stay in step.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -62,3 +64,35 @@ def sum_with_local_gradient(local: Tensor) -> Tensor:
     if processes == 1:
         return local
     return all_sum(local) + processes * (local - local.detach())
+
+
+def mean_with_local_gradient(local: Tensor) -> Tensor:
+    """Mean over the processes, as a value; the gradient stays that of the local one.
+
+    Averaging gradients over processes, as DDP does, then gives that of the global mean.
+    """
+    processes = world_size()
+    if processes == 1:
+        return local
+    return local + (all_sum(local) / processes - local.detach())
+
+
+class _DifferentiableSum(torch.autograd.Function):
+    """All-reduce whose backward pass is an all-reduce, and so on for higher derivatives."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return all_sum(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return _DifferentiableSum.apply(gradient)
+
+
+def differentiable_sum(x: Tensor) -> Tensor:
+    """Sum over the processes with its full gradient: every process's loss reaches every process's x.
+
+    For statistics that enter the local loss in a non-linear way (batch norm); the joint objective is the sum of the
+    processes' losses. All processes have to run the same forward and backward passes, gradient penalties included.
+    """
+    return x if world_size() == 1 else _DifferentiableSum.apply(x)
