@@ -52,7 +52,7 @@ ENTRIES: tuple[Entry, ...] = (
         spec={"name": "vq", "codebook_size": 1024, "dim": 8, "l2_norm": True, "gradient": "rotation"},
     ),
     Entry(label="vq l2 stochastic", spec={"name": "vq_stochastic", "codebook_size": 1024, "dim": 8}),
-    Entry(label="clustering vq", spec={"name": "cvq", "codebook_size": 1024, "dim": 8}, recommended=True),
+    Entry(label="clustering vq", spec={"name": "cvq", "codebook_size": 1024, "dim": 8}),
     Entry(
         label="ema vq, revival",
         spec={
@@ -66,7 +66,7 @@ ENTRIES: tuple[Entry, ...] = (
         recommended=True,
     ),
     Entry(label="ibq", spec={"name": "ibq", "codebook_size": 1024, "dim": 8}),
-    Entry(label="simvq", spec={"name": "simvq", "codebook_size": 1024, "dim": 8}, recommended=True),
+    Entry(label="simvq", spec={"name": "simvq", "codebook_size": 1024, "dim": 8}),
     Entry(
         label="residual ema vq 2 x 32",
         spec={
@@ -102,8 +102,8 @@ ENTRIES: tuple[Entry, ...] = (
     ),
     Entry(label="multiscale 1 2 4", spec={"name": "multiscale", "codebook_size": 197, "dim": 8, "scales": [1, 2, 4]}),
     Entry(label="fsq 8 5 5 5", spec={"name": "fsq", "levels": [8, 5, 5, 5]}, recommended=True),
-    Entry(label="fsq symmetric 4^5", spec={"name": "fsq_symmetric", "levels": [4] * 5}, recommended=True),
-    Entry(label="lfq", spec={"name": "lfq", "dim": 10}, recommended=True),
+    Entry(label="fsq symmetric 4^5", spec={"name": "fsq_symmetric", "levels": [4] * 5}),
+    Entry(label="lfq", spec={"name": "lfq", "dim": 10}),
     Entry(label="group lfq 2 x 5", spec={"name": "group_lfq", "dim": 10, "groups": 2}, recommended=True),
     Entry(label="bsq", spec={"name": "bsq", "dim": 10}, recommended=True),
     Entry(label="binary", spec={"name": "binary", "dim": 10, "num_bits": 10}),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -46,19 +47,30 @@ class Positions:
 
     Attributes:
         mask: True where a position counts, (B, N), or None for all.
-        count: Counted positions, averaged over the processes, a scalar.
-        batch: Batch size, averaged over the processes, a scalar.
+        synced: Whether means are over several processes.
     """
 
     def __init__(self, z: Tensor, mask: Tensor | None, *, synced: bool) -> None:
         self.mask = mask
-        own = z.new_tensor([z.shape[0] * z.shape[1], z.shape[0]])
-        if mask is not None:
-            own[0] = mask.sum()
         self.synced = synced and world_size() > 1
-        if self.synced:
-            own = all_sum(own) / world_size()
-        self.count, self.batch = own.unbind()
+        self._z = z.detach()
+
+    @functools.cached_property
+    def _sizes(self) -> Tensor:
+        own = self._z.new_tensor([self._z.shape[0] * self._z.shape[1], self._z.shape[0]])
+        if self.mask is not None:
+            own[0] = self.mask.sum()
+        return all_sum(own) / world_size() if self.synced else own
+
+    @property
+    def count(self) -> Tensor:
+        """Counted positions, averaged over the processes while training, a scalar."""
+        return self._sizes[0]
+
+    @property
+    def batch(self) -> Tensor:
+        """Batch size, averaged over the processes while training, a scalar."""
+        return self._sizes[1]
 
     def select(self, x: Tensor) -> Tensor:
         """X (B, N) or (B, N, ...) with zeros where a position does not count."""
@@ -140,7 +152,8 @@ class Quantizer(nn.Module):
         """
         self._check_features(z, mask, grid)
         with torch.autocast(z.device.type, enabled=False), full_precision_matmul():
-            out = self.quantize(z.float(), Positions(z.float(), mask, synced=self.training), grid, generator)
+            z = z.float()
+            out = self.quantize(z, Positions(z, mask, synced=self.training), grid, generator)
         if self.training and self.usage is not None and out.ids is not None:
             counted = mask if mask is not None and out.ids.shape[:2] == mask.shape else None
             out = dataclasses.replace(out, stats={**out.stats, **self.usage.update(out.ids, counted)})

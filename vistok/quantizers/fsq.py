@@ -32,11 +32,11 @@ class _MixedRadix(Quantizer):
         self.levels = levels
         self.groups = groups
         basis = [math.prod(levels[:k]) for k in range(len(levels))]
-        self.register_buffer("level_sizes", torch.tensor(levels), persistent=False)
-        self.register_buffer("basis", torch.tensor(basis), persistent=False)
+        self.register_buffer("level_sizes", torch.tensor(levels * groups), persistent=False)  # (D,)
+        self.register_buffer("basis", torch.tensor(basis), persistent=False)  # (K,)
 
     def bound(self, z: Tensor) -> Tensor:
-        """Features squashed to the range of the grid, before rounding, (..., G, K) float32."""
+        """Features squashed to the range of the grid, before rounding, (..., D) float32."""
         raise NotImplementedError
 
     def level(self, bounded: Tensor) -> Tensor:
@@ -63,14 +63,14 @@ class _MixedRadix(Quantizer):
         generator: torch.Generator | None,
     ) -> Quantized:
         """See `Quantizer.forward`."""
-        grouped = z.unflatten(-1, (self.groups, -1))  # (B, N, G, K)
-        bounded = self.bound(grouped)
+        bounded = self.bound(z)
         level = self.level(bounded.detach())
         codes = straight_through(self.slope(bounded), self.value(level))
-        return self.result(codes.flatten(2), self._pack(level), {})
+        return self.result(codes, self._pack(level), {})
 
     def _pack(self, level: Tensor) -> Tensor:
-        return self.ungrouped((level.long() * self.basis).sum(-1))
+        digits: Tensor = level.long() if self.groups == 1 else level.long().unflatten(-1, (self.groups, -1))
+        return (digits * self.basis).sum(-1)
 
     def ids_to_codes(self, ids: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """Codes by integer division: int64 (B, N), or (B, N, G) with groups -> (B, N, D) float32.
@@ -78,8 +78,8 @@ class _MixedRadix(Quantizer):
         Raises:
             ValueError: Wrong number of groups, or an id outside the vocabulary.
         """
-        level = self.grouped(self.check_ids(ids)).unsqueeze(-1) // self.basis % self.level_sizes
-        return self.value(level.float()).flatten(-2)
+        digits = self.grouped(self.check_ids(ids)).unsqueeze(-1) // self.basis
+        return self.value((digits.flatten(-2) % self.level_sizes).float())
 
     def codes_to_ids(self, codes: Tensor) -> Tensor:
         """Ids of the nearest grid points: (B, N, D) -> int64 (B, N), or (B, N, G) with groups.
@@ -87,8 +87,7 @@ class _MixedRadix(Quantizer):
         Raises:
             ValueError: Wrong number of channels.
         """
-        grouped = self.check_codes(codes).unflatten(-1, (self.groups, -1))
-        level = self.unvalue(grouped).clamp_min(0)
+        level = self.unvalue(self.check_codes(codes)).clamp_min(0)
         return self._pack(torch.minimum(level, (self.level_sizes - 1).float()))
 
 
@@ -128,7 +127,7 @@ class FSQ(_MixedRadix):
         self.register_buffer("width", (self.level_sizes // 2).float(), persistent=False)
 
     def bound(self, z: Tensor) -> Tensor:
-        """Tanh(z + s) h - o, (..., G, K)."""
+        """Tanh(z + s) h - o, (..., D)."""
         return (z + self.shift).tanh() * self.reach - self.offset
 
     def level(self, bounded: Tensor) -> Tensor:
@@ -167,7 +166,7 @@ class SymmetricFSQ(_MixedRadix):
         self.register_buffer("steps", (self.level_sizes - 1).float(), persistent=False)
 
     def bound(self, z: Tensor) -> Tensor:
-        """Tanh z, (..., G, K)."""
+        """Tanh z, (..., D)."""
         return z.tanh()
 
     def level(self, bounded: Tensor) -> Tensor:
