@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 import numpy as np
 import torch
 from torch import Tensor
+
+from vistok.image import PictureError, to_pil
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -52,6 +55,21 @@ class Dataset(Protocol):
 def files_of(dataset: Dataset) -> Sequence[Path] | None:
     """The picture files behind a data set, None if its pictures are not files."""
     return getattr(dataset, "files", None)
+
+
+def decode(data: bytes, name: str) -> Image:
+    """The bytes of a picture file as an upright 8-bit RGB picture.
+
+    Raises:
+        PictureError: Not a picture, damaged or too large; says which.
+    """
+    from PIL import Image as pillow
+
+    try:
+        with pillow.open(io.BytesIO(data)) as found:
+            return to_pil(found)
+    except Exception as err:  # Pillow's readers raise many types on damaged files, by format
+        raise PictureError(f"{name} cannot be read as a picture: {err}") from err
 
 
 def fingerprint(dataset: Dataset) -> str:

@@ -61,8 +61,8 @@ class Means:
         return dict(zip(names, means.tolist()))
 
 
-def gradient_norms(part: Part, probe: nn.Parameter | None) -> dict[str, Tensor]:
-    """Norm of each weighted loss's gradient at the last layer: which loss pulls how hard.
+def gradient_norms(part: Part, probe: nn.Parameter | None, accelerator: Accelerator) -> dict[str, Tensor]:
+    """Norm of each weighted loss's gradient at the last layer, over all processes: which loss pulls how hard.
 
     Losses that do not reach the layer (a quantizer's) have none.
     """
@@ -74,7 +74,8 @@ def gradient_norms(part: Part, probe: nn.Parameter | None) -> dict[str, Tensor]:
         if term.requires_grad:
             (gradient,) = torch.autograd.grad(term, probe, retain_graph=True, allow_unused=True)
             if gradient is not None:
-                norms[f"grad_norm_of/{name}"] = weight * gradient.detach().norm()
+                mean: Tensor = accelerator.reduce(gradient.detach().float(), "mean")
+                norms[f"grad_norm_of/{name}"] = weight * mean.norm()
     return norms
 
 

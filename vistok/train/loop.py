@@ -87,7 +87,7 @@ def optimise(run: Run, batches: list[Batch], means: Means) -> None:
         with run.accelerator.accumulate(*run.task.trained.values()):
             for part in run.task.run(batch, run.step, generator):
                 if probing and run.accelerator.sync_gradients:
-                    seen.append(gradient_norms(part, run.task.probe))
+                    seen.append(gradient_norms(part, run.task.probe, run.accelerator))
                 run.accelerator.backward(part.loss)
                 seen.append(_figures(run, part))
                 if run.accelerator.sync_gradients and _update(run, part, seen):
