@@ -256,7 +256,7 @@ def test_an_empty_file_is_one_clear_line(tmp_path: Path) -> None:
 def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path: Path, size: tuple[int, int]) -> None:
     assert size[0] * size[1] > MAX_PIXELS
     (tmp_path / "bomb.png").write_bytes(png(*size))
-    assert re.search("11000x11000 pixels; up to 120 million|is too large", refused(tmp_path / "bomb.png"))
+    assert re.search(r"\d+x\d+ pixels; up to 120 million|is too large", refused(tmp_path / "bomb.png"))
 
 
 def test_a_missing_picture_is_said(tmp_path: Path) -> None:
