@@ -13,6 +13,7 @@ from torch import Tensor
 from vistok.compress.budget import Budget, HostShape, check_keep, default_layers, rescale, solve_count, tokens_per_layer
 from vistok.compress.reduction import Reduction
 from vistok.compress.score import Direction
+from vistok.compress.signals import Signals
 from vistok.compress.view import View
 
 Stage = Literal["vision", "features", "prefill", "decode"]
@@ -207,6 +208,65 @@ class ScheduledMethod(Method):
     def scores(self, view: View) -> Tensor:
         """Score of every token, larger is better, (B, L) float32 or float64."""
         raise NotImplementedError
+
+
+class FeatureMethod(Method):
+    """A method between tower and language model: the prompt itself becomes shorter.
+
+    The number of tokens is promised first and depends on nothing but the grid, so that serving engines, which count
+    placeholders before the tower runs, can use it too.
+    """
+
+    stages = frozenset({"features"})
+
+    def __init__(self, *, keep: int | float | Budget, reference: bool = False) -> None:
+        check_keep(keep)
+        self.keep = keep
+        self.reference = reference
+
+    @property
+    def renumber(self) -> bool:
+        """Published code builds the short prompt first, so it counts anew."""
+        return self.reference
+
+    def count(self, n: int, host: HostShape | None = None) -> int:
+        """Tokens of an image of n that the budget allows, 1..n; `host` is needed for a budget of FLOPs alone."""
+        if isinstance(self.keep, float):
+            return max(1, min(n, round(n * self.keep)))
+        if isinstance(self.keep, int):
+            return min(self.keep, n)
+        if self.keep.mean is not None:  # every layer sees the same tokens
+            return max(1, min(n, math.floor(self.keep.mean)))
+        if self.keep.flops is not None and host is None:
+            raise ValueError(f"{self.keep} needs the sizes of the language model. Give a count or a ratio here.")
+        depth = 1 if host is None else host.depth
+
+        def plan(share: float) -> list[int]:
+            return [max(1, round(n * share))] * depth
+
+        sizes = host or HostShape(depth=1, width=1, mlp=1, heads=1, kv_heads=1, head_dim=1)
+        return solve_count(self.keep, n, sizes, plan)
+
+    def promise(self, count: int, grid: tuple[int, ...] | None, length: int) -> int:
+        """Tokens that `compress` will give for a grid when it may keep `count` of `length`."""
+        return min(count, length)
+
+    def compress(self, signals: Signals, count: int) -> Reduction:
+        """Reduce one grid of tokens to `promise(count, ...)` tokens, (1, M)."""
+        raise NotImplementedError
+
+    def grid_of(self, grid: tuple[int, ...] | None, length: int) -> tuple[int, ...]:
+        """The grid, which this method needs.
+
+        Raises:
+            ValueError: The tokens lie on none.
+        """
+        if grid is None:
+            raise ValueError(
+                f"{type(self).__name__} works on a grid, and the {length} tokens of this image lie on none that the "
+                "family knows. Use a method that selects tokens."
+            )
+        return grid
 
 
 def check_layers(layers: Sequence[int], depth: int) -> None:

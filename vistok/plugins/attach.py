@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -14,10 +15,11 @@ from vistok.compress.trace import Trace
 from vistok.config import create
 from vistok.plugins.families.base import Family, family_of
 from vistok.plugins.handle import Handle
+from vistok.plugins.packer import PROMPT, continue_prompt, prepare, put_back, step
 from vistok.plugins.report import Report, build_report
 from vistok.plugins.rows import can_score
 from vistok.plugins.runtime import Runtime
-from vistok.plugins.wrap import Generate
+from vistok.plugins.wrap import Forward, Generate
 
 OWNER = "_vistok_plugin"
 
@@ -37,6 +39,7 @@ class Plugin:
         self.name: str = getattr(method, "registry_name", type(method).__name__)
         self.runtime = Runtime(model, family, method)
         self.handle = Handle()
+        self._inside = False  # generate() calls forward(): compress once
 
     def __enter__(self) -> Plugin:
         return self
@@ -69,6 +72,53 @@ class Plugin:
         finally:
             self.runtime.enabled = before
 
+    def prepare(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments with compressed features and a shortened prompt, for `forward` or `generate` of a bare host.
+
+        What `generate` does by itself while the plug-in is attached; for pipelines that call the host elsewhere.
+
+        Args:
+            inputs: What a processor gives: ids, mask, pixels.
+
+        Raises:
+            ValueError: The method does nothing before the language model.
+        """
+        if "features" not in self.method.stages:
+            raise ValueError(f"{self.name} works inside the language model: there is nothing to prepare.")
+        packed = prepare(self.runtime, dict(inputs))
+        return dict(inputs) if packed is None else packed.kwargs
+
+    def compressed(
+        self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, generating: bool
+    ) -> Any:
+        """Run the host's `generate` or `forward` on a compressed prompt."""
+        if self._inside:
+            return call(*args, **kwargs)
+        cache = kwargs.get("past_key_values")
+        used = cache is not None and bool(cache.get_seq_length() > 0)
+        packed = getattr(cache, PROMPT, None) if used else None
+        if used and packed is None:
+            return call(*args, **kwargs)
+        if packed is not None:
+            short = continue_prompt(packed, kwargs, self.name) if generating else step(packed, kwargs, cache)
+            packed = dataclasses.replace(packed, input_ids=kwargs.get("input_ids"), short_ids=short.get("input_ids"))
+        else:
+            packed = prepare(self.runtime, kwargs, generating=generating) if self.runtime.enabled else None
+            if packed is None:
+                return call(*args, **kwargs)
+            short = packed.kwargs
+            self.runtime.handover = dict(packed.handover)
+        self._inside = True
+        try:
+            output = call(*args, **short)
+        finally:
+            self._inside = False
+            self.runtime.handover = {}
+        cache = getattr(output, "past_key_values", None)
+        if cache is not None and not used:
+            setattr(cache, PROMPT, packed)
+        return put_back(packed, output) if generating else output
+
     @property
     def trace(self) -> Trace:
         """Tokens entering each layer and cached per layer, per sample, of the last call.
@@ -94,6 +144,8 @@ class Plugin:
             self.handle.attribute(self.model, OWNER, self)
             if hasattr(self.model, "generate"):
                 self.handle.attribute(self.model, "generate", Generate(self, self.model.generate))
+            if "features" in self.method.stages:
+                self.handle.attribute(self.model, "forward", Forward(self, self.model.forward))
         except BaseException:
             self.handle.remove()
             raise
@@ -171,8 +223,8 @@ def check(plugin: Plugin) -> None:
         attn = runtime.text.layers[i].self_attn
         if not can_score(attn):
             raise TypeError(
-                f"{plugin.name} reads attention rows, and layer {i} is a {type(attn).__name__} without separate q_proj, "
-                "k_proj and rotary positions. Use a method that reads no attention, such as random or pool."
+                f"{plugin.name} reads attention rows, and layer {i} is a {type(attn).__name__} without separate "
+                "q_proj, k_proj and rotary positions. Use a method that reads no attention, such as random or pool."
             )
     chunk = getattr(getattr(plugin.model, "generation_config", None), "prefill_chunk_size", None)
     if chunk is not None:

@@ -94,7 +94,7 @@ class Runtime:
         """Tell prefill from decoding and set up the state of the call."""
         cache = kwargs.get("past_key_values")
         prompt, self.prompt = self.prompt, None
-        handover, self.handover = self.handover, {}
+        handover = self.handover
         used = cache is not None and bool(cache.get_seq_length() > 0)
         if used:
             self.call = getattr(cache, ATTRIBUTE, None)
@@ -115,6 +115,7 @@ class Runtime:
             return None
         with torch.no_grad():
             real = real_tokens(kwargs.get("attention_mask"), embeds.shape[0], embeds.shape[1], embeds.device)
+            handover = _expanded(handover, len(real))
             columns = build(prompt, real, handover.pop("protect", None))
             call = Call(depth=self.depth, start=columns, scope=self.method.scope, restore=self.labelled, **handover)
             view = call.view(columns, hidden=embeds)
@@ -265,6 +266,17 @@ class Runtime:
         assert call.transitions is not None
         term = transition(before, after, columns.valid, self.method.direction)
         call.transitions.scatter_add_(1, columns.index, term)
+
+
+def _expanded(handover: dict[str, Any], batch: int) -> dict[str, Any]:
+    """What the packer told about each sample, for as many beams or returned sequences as there are."""
+    if not handover or len(handover["before"]) == batch:
+        return dict(handover)
+    times = batch // len(handover["before"])
+    return {
+        k: v.repeat_interleave(times, 0) if isinstance(v, Tensor) else [row for row in v for _ in range(times)]
+        for k, v in handover.items()
+    }
 
 
 class LayerHook:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,24 @@ class Generate(Wrapper):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Generate; see the host's own documentation."""
         refuse_generation(self.plugin, args, kwargs)
-        return self.__wrapped__(*args, **kwargs)
+        if "features" not in self.plugin.method.stages:
+            return self.__wrapped__(*args, **kwargs)
+        if args:
+            kwargs = {"input_ids": args[0], **kwargs}
+            args = args[1:]
+        if kwargs.get("inputs") is not None:
+            kwargs["input_ids"] = kwargs.pop("inputs")
+        return self.plugin.compressed(self.__wrapped__, args, kwargs, generating=True)
+
+
+class Forward(Wrapper):
+    """`forward` that compresses pictures before the language model."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the host; see its own documentation. Logits are those of the shortened prompt."""
+        names = list(inspect.signature(self.__wrapped__).parameters)
+        kwargs = {**dict(zip(names, args)), **kwargs}
+        return self.plugin.compressed(self.__wrapped__, (), kwargs, generating=False)
 
 
 def refuse_generation(plugin: Plugin, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

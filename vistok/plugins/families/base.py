@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from vistok.compress.budget import HostShape
+from vistok.compress.reduction import Reduction
 from vistok.registry import list_names, registry
 
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
@@ -17,8 +21,40 @@ FIVE = (
     "placeholders(model): token id of each modality, {'image': id, 'video': id}",
     "tower(model): the vision module whose blocks run before the projection",
     "encode(model, kwargs): pixels to features, one (n, D) tensor per image",
-    "blocks(model, sizes, kwargs): how the tokens of an image lie on grids, and which are newlines",
+    "blocks(model, output, kwargs, modality): how the tokens of an image lie on grids, and which are newlines",
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """Tokens of an image that lie on one grid.
+
+    Attributes:
+        columns: Their places inside the image, row by row, (N,).
+        grid: (h, w) or (t, h, w), None if unknown.
+        newlines: Places of the newline after each row of the grid (one per row), or of a single closing one.
+    """
+
+    columns: Tensor
+    grid: tuple[int, ...] | None
+    newlines: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+
+    @property
+    def length(self) -> int:
+        """Tokens on the grid."""
+        return len(self.columns)
+
+    def newlines_of(self, kept: Tensor) -> Tensor:
+        """Newlines of the rows that hold one of the kept tokens (numbers inside the block)."""
+        if self.grid is None or len(self.newlines) != self.length // self.grid[-1]:
+            return self.newlines
+        return self.newlines.to(kept.device)[torch.unique(kept // self.grid[-1])]
+
+
+def square(n: int, start: int = 0) -> Block:
+    """n tokens from `start` on, on a square grid if n is a square."""
+    side = math.isqrt(n)
+    return Block(columns=torch.arange(start, start + n), grid=(side, side) if side * side == n else None)
 
 
 class Family:
@@ -27,12 +63,14 @@ class Family:
     Attributes:
         hosts: Class names of the models it fits (subclasses of them fit too).
         mrope: Positions are three-dimensional, so they cannot be renumbered.
+        consumed: Arguments that only the encoder reads.
         images_are_runs: An uninterrupted run of placeholders is one image, whatever the number of tiles it came in.
     """
 
     hosts: ClassVar[tuple[str, ...]] = ()
     mrope: ClassVar[bool] = False
     images_are_runs: ClassVar[bool] = False
+    consumed: ClassVar[tuple[str, ...]] = ("image_sizes", "image_sizes_videos", "batch_num_images")
 
     @classmethod
     def fits(cls, model: nn.Module) -> bool:
@@ -84,6 +122,57 @@ class Family:
         """Features of an encoder output, one (n, D) tensor per image."""
         pooled = output.pooler_output
         return list(pooled) if not isinstance(pooled, Tensor) or pooled.ndim == 3 else [pooled]
+
+    def blocks(self, model: Any, output: Any, kwargs: dict[str, Any], modality: str) -> list[list[Block]]:
+        """Grids of every entry of `features(output)`; by default each is one square grid."""
+        return [[square(len(f))] for f in self.features(output)]
+
+    def rebuilt(self, output: Any, features: list[Tensor]) -> Any:
+        """An encoder output with other features, of the type the host expects."""
+        if isinstance(output.pooler_output, Tensor):
+            equal = len({len(f) for f in features}) == 1
+            output.pooler_output = torch.stack(features) if equal else torch.cat(features).unsqueeze(0)
+        else:
+            output.pooler_output = features
+        return output
+
+    def rebuild_extra(self, output: Any, reductions: list[Reduction]) -> None:
+        """Reduce whatever else the encoder gives per token."""
+
+    def positions(self, model: Any, kwargs: dict[str, Any], *, generating: bool) -> Tensor:
+        """Positions the host would give to the uncompressed prompt, (B, L) or (axes, B, L).
+
+        Args:
+            model: The host.
+            kwargs: Its arguments.
+            generating: `generate` starts to count at the first real token, `forward` at the first column.
+        """
+        mask = kwargs.get("attention_mask")
+        if mask is not None and generating:
+            counted: Tensor = (mask.long().cumsum(1) - 1).clamp_min(0)
+            return counted
+        first = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
+        return torch.arange(first.shape[1], device=first.device).expand(len(first), -1)
+
+    def encode_smaller(
+        self, model: Any, kwargs: dict[str, Any], quota: Callable[[Block], int]
+    ) -> tuple[dict[str, Any], dict[str, list[list[Block]]]]:
+        """Run the tower on pictures made smaller.
+
+        Args:
+            model: The host.
+            kwargs: Keyword arguments with pixels.
+            quota: Tokens that a full grid may become.
+
+        Returns:
+            Encoder outputs of the small pictures, and the grids of the full ones.
+
+        Raises:
+            TypeError: The family cannot.
+        """
+        raise TypeError(
+            f"{type(self).__name__} cannot make pictures smaller before its tower. Use pool, or another host."
+        )
 
     def host_shape(self, model: Any) -> HostShape:
         """Sizes of the language model."""
