@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import threading
 import warnings
@@ -82,6 +83,35 @@ def test_optimizer_state_is_continued_exactly(straight, tmp_path):
     train(recipe(tmp_path))
     ours, theirs = (checkpoint.newest(out).optimizers["model"]["state"] for out in (tmp_path, straight.out))
     assert all(torch.equal(ours[i][k], theirs[i][k]) for i in theirs for k in theirs[i])
+
+
+GAN = {
+    "name": "reconstruct_gan",
+    "discriminator": {"name": "titok_discriminator", "width": 32, "stages": 2, "grid": 4},
+    "gan": {"name": "hinge_gan", "lecam": 0.1},
+}
+VARIANTS = {
+    "ema_codebook": {"model": {"quantizer": {"name": "vq_ema", "codebook_size": 32, "dim": 4, "kmeans_init": True}}},
+    "clustering": {"model": {"quantizer": {"name": "cvq", "codebook_size": 32, "dim": 4}}},
+    "gaussian": {"model": {"quantizer": {"name": "gaussian", "dim": 4}}},
+    "muon": {"optim": {"name": "muon", "lr": 1e-3}},
+    "bf16": {"train": {"precision": "bf16"}},
+    "accumulated": {"train": {"batch": 2}},
+    "adversarial": {"losses": {"adversarial": {"weight": 0.1, "start": 1}}, "train": {"step": GAN}},
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_resuming_is_exact_whatever_is_trained(tmp_path, name):
+    train(recipe(tmp_path, VARIANTS[name]))
+    last = checkpoint.folders(tmp_path)[-1]
+    straight = checkpoint.load(last)
+    shutil.rmtree(last)
+    assert train(recipe(tmp_path, VARIANTS[name])).resumed == 3
+    resumed = checkpoint.load(last)
+    assert resumed.modules.keys() == straight.modules.keys()
+    assert all(equal(dict(resumed.modules[part]), dict(straight.modules[part])) for part in straight.modules)
+    assert equal(dict(resumed.extra), dict(straight.extra))
 
 
 def test_noise_is_really_drawn(straight, tmp_path):

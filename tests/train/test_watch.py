@@ -25,6 +25,22 @@ def test_saturated_discriminator_is_told_once_after_a_while():
     assert len(seen) == 1 and f"Step {PATIENCE - 1}:" in str(seen[0].message)
 
 
+def test_discriminator_that_is_always_wrong_is_told():
+    watch = Watch()
+    with pytest.warns(UserWarning, match=r"right only 0\.5% of the time.*Raise its learning rate") as seen:
+        for step in range(2 * PATIENCE):
+            watch.look({"step": step, "discriminator/accuracy": 0.005})
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("accuracy", [0.02, 0.5, 0.98])
+def test_discriminator_in_the_fight_is_not_told(accuracy):
+    watch = Watch()
+    with warnings.catch_warnings(action="error"):
+        for step in range(2 * PATIENCE):
+            watch.look({"step": step, "discriminator/accuracy": accuracy})
+
+
 def test_a_good_line_in_between_starts_the_count_anew():
     watch = Watch()
     with warnings.catch_warnings(action="error"):

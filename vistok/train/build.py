@@ -205,7 +205,12 @@ def _find(recipe: Recipe) -> Snapshot | None:
 def _accelerator(recipe: Recipe) -> Accelerator:
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, PartialState
-    from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, parse_flag_from_env
+    from accelerate.utils import (
+        DistributedDataParallelKwargs,
+        DistributedType,
+        ProjectConfiguration,
+        parse_flag_from_env,
+    )
 
     from vistok.train.recipe import step_class
 
@@ -220,6 +225,11 @@ def _accelerator(recipe: Recipe) -> Accelerator:
         project_config=folder,
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused, broadcast_buffers=False)],
     )
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ConfigError(
+            f"Accelerate is configured for {accelerator.distributed_type.value}; vistok trains with plain data "
+            f"parallelism. Start it with accelerate launch --multi_gpu, or change the configuration."
+        )
     accelerator.gradient_accumulation_steps = accumulation(config, accelerator.num_processes)
     accelerator.init_trackers("tensorboard")
     return accelerator

@@ -28,10 +28,16 @@ class Alarm:
 ALARMS = (
     Alarm(
         "discriminator/accuracy",
-        lambda value: value > 0.98,
+        lambda value: value >= 0.99,
         "The discriminator tells originals from reconstructions {value:.1%} of the time, so its gradient says little. "
         "Lower its learning rate (optim.parts.discriminator.lr), start it later (losses.adversarial.start) or raise "
         "LeCAM (train.step.gan.lecam).",
+    ),
+    Alarm(
+        "discriminator/accuracy",
+        lambda value: value <= 0.01,
+        "The discriminator is right only {value:.1%} of the time: the generator outruns it. Raise its learning rate "
+        "(optim.parts.discriminator.lr) or lower losses.adversarial.weight.",
     ),
     Alarm(
         "quantizer/usage",
@@ -46,16 +52,16 @@ class Watch:
     """Warns once per alarm, when it holds in `PATIENCE` log lines in a row."""
 
     def __init__(self) -> None:
-        self._lines: dict[str, int] = {}
+        self._lines = [0] * len(ALARMS)
 
     def look(self, row: Row) -> None:
         """Look at one line of the log."""
-        for alarm in ALARMS:
+        for i, alarm in enumerate(ALARMS):
             if alarm.key not in row:
                 continue
             wrong = alarm.wrong(row[alarm.key])
-            before = self._lines.get(alarm.key, 0)
+            before = self._lines[i]
             told = before >= PATIENCE
-            self._lines[alarm.key] = before + 1 if wrong or told else 0
-            if self._lines[alarm.key] == PATIENCE:
+            self._lines[i] = before + 1 if wrong or told else 0
+            if self._lines[i] == PATIENCE:
                 warnings.warn(f"Step {row['step']:.0f}: {alarm.words.format(value=row[alarm.key])}", stacklevel=2)
