@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vistok.distributed import mean_with_local_gradient
 from vistok.registry import register
@@ -142,7 +143,8 @@ def r1_penalty(discriminator: Callable[[Tensor], Tensor], images: Tensor) -> Ten
         (B,), differentiable in the discriminator's weights.
     """
     images = images.detach().requires_grad_()
-    logits = discriminator(images).float()
+    with sdpa_kernel(SDPBackend.MATH):  # fused attention kernels have no second derivative
+        logits = discriminator(images).float()
     (gradient,) = torch.autograd.grad(logits.sum(), images, create_graph=True)
     return gradient.float().square().flatten(1).sum(1)
 
