@@ -16,6 +16,7 @@ from vistok.image import Preprocess
 from vistok.layers.conv import to_map, to_sequence
 from vistok.layers.transformer import Transformer
 from vistok.quantizers.base import Quantizer
+from vistok.quantizers.vq import TableQuantizer
 from vistok.registry import preset, register
 from vistok.tokenizers.base import Tokenizer
 from vistok.tokenizers.titok import SIZES, Size, SizeName, TiTokEncoder, initialise
@@ -28,7 +29,7 @@ POWER = (0.0264, 0.0082, 0.0017)
 SLOPE = (2.37, 2.9, 2.7)
 SMALLEST_RADIUS = 0.77  # stands for the mean, where the law has a pole
 FOLD = 4
-Scaling = Literal["channel", "token"]
+Scaling = Literal["auto", "channel", "token"]
 
 
 def dct_matrix(rows: int, length: int) -> Tensor:
@@ -118,6 +119,8 @@ def lay_out(size: tuple[int, int], num_tokens: int, quantizer: Quantizer, scalin
     spread 1. `token`: bands are shuffled so that all tokens have about the same product of expected powers (each band's
     strongest goes to the token that is weakest so far), and a token is scaled as a whole to length 1.
     """
+    if scaling == "auto":
+        scaling = "token" if any(isinstance(m, TableQuantizer) for m in quantizer.modules()) else "channel"
     dim, power = quantizer.dim, expected_power(size).reshape(-1)
     gain, curve, order = torch.ones(dim), torch.tensor([[1.0, 0.0]]).repeat(dim, 1), list(range(dim))
     if scaling == "channel" and not torch.empty(0).is_meta:  # on the meta device only shapes are asked for
@@ -267,10 +270,10 @@ class SpectralTiTok(Tokenizer):
     their inverse DCT plus the output of a transformer over patches and codes between a few convolutions. Both
     transformer outputs start at zero, so that the model starts as a plain transform code; everything is trained.
 
-    Any quantizer of 1D tokens fits. Scalar quantizers take `scaling="channel"`: their channels are measured, and those
-    with the finest steps get the coefficients with the most expected power, so that unequal levels pay (fsq_symmetric
-    [32, 8, 4, 2, 2] starts 1.5 dB above [8, 8, 8, 8] on the held-out photographs). Vector quantizers take
-    `scaling="token"`: all tokens become vectors of alike statistics, which share one codebook well.
+    Any quantizer of 1D tokens fits. The channels of scalar quantizers are measured, and those with the finest steps get
+    the coefficients with the most expected power, so that unequal levels pay: untrained, fsq_symmetric
+    [32, 8, 4, 2, 2] is 1.5 dB above [8, 8, 8, 8] on the held-out photographs. For quantizers with a codebook all tokens
+    become vectors of alike statistics, which share it well; such a model decodes grey until the codebook has learnt.
 
     Args:
         image_size: Side in pixels, or (H, W); multiples of `patch_size`.
@@ -279,7 +282,8 @@ class SpectralTiTok(Tokenizer):
         encoder: Shape of the encoder, a published size of TiTok or {width, depth, heads}.
         decoder: Shape of the decoder's transformer.
         channels: Width of the decoder's convolutions.
-        scaling: Coefficients scaled one by one (`channel`) or token by token (`token`).
+        scaling: Coefficients scaled one by one (`channel`) or token by token (`token`); `auto` takes `token` for
+            quantizers with a codebook.
         quantizer: Any registered quantizer that needs no grid.
 
     Example:
@@ -299,7 +303,7 @@ class SpectralTiTok(Tokenizer):
         encoder: SizeName | Size = "small",
         decoder: SizeName | Size = "small",
         channels: int = 64,
-        scaling: Scaling = "channel",
+        scaling: Scaling = "auto",
         quantizer: Annotated[Spec, Of("quantizer")],
     ) -> None:
         super().__init__()
