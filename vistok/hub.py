@@ -118,10 +118,10 @@ def build_saved(config: Mapping[str, Any], tensors: Mapping[str, Tensor], source
     if not isinstance(kind, str) or not isinstance(name, str) or not isinstance(arguments, Mapping):
         raise LoadError(f"{source}/{CONFIG} does not describe a vistok module: it needs kind, name and config.")
     try:
-        module = create(kind, name, **arguments)
+        module: Any = create(kind, name, **arguments)
     except (KeyError, ConfigError) as err:
         raise LoadError(f"{source}/{CONFIG} does not fit this vistok: {err.args[0]}") from err
-    if not isinstance(module, Saveable):
+    if not isinstance(module, Saveable) or not isinstance(module, nn.Module):
         raise LoadError(f"{source}/{CONFIG} names the {kind} {name!r}, which is not kept in folders.")
     load_strictly(module, tensors, source)
     module.restore_extra(config)

@@ -192,7 +192,8 @@ def _to_8_bit(values: np.ndarray) -> np.ndarray:
     peak = float(numbers.max(initial=0.0))
     tops = (65535.0,) if values.dtype.kind in "iu" else (1.0, 255.0, 65535.0)
     top = next((t for t in tops if peak <= t), tops[-1])
-    return np.clip(numbers / top * 255 + 0.5, 0, 255).astype(np.uint8)
+    scaled: np.ndarray = np.clip(numbers / top * 255 + 0.5, 0, 255).astype(np.uint8)
+    return scaled
 
 
 def pil_to_tensor(picture: Image) -> Tensor:

@@ -208,7 +208,8 @@ def _join(digits: list[int], base: int) -> int:
     if len(digits) <= 1:
         return digits[0] if digits else 0
     half = len(digits) // 2
-    return _join(digits[:half], base) + _join(digits[half:], base) * base**half
+    radix: int = base**half
+    return _join(digits[:half], base) + _join(digits[half:], base) * radix
 
 
 def _split(value: int, base: int, n: int) -> list[int]:

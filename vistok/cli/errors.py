@@ -61,5 +61,5 @@ def warnings_as_lines() -> Iterator[None]:
         yield
         return
     with warnings.catch_warnings():
-        warnings.showwarning = show
+        warnings.showwarning = show  # type: ignore[assignment]
         yield

@@ -164,7 +164,7 @@ class _Measured:
             self.gallery.add(Example.of(name, images[i], rebuilt[i], **row))
 
     def _timed(self, what: str, call: Callable[[], Any]) -> Any:
-        wait = torch.cuda.synchronize if self.tokenizer.device.type == "cuda" else (lambda: None)
+        wait: Callable[[], Any] = torch.cuda.synchronize if self.tokenizer.device.type == "cuda" else (lambda: None)
         wait()
         start = time.perf_counter()
         result = call()
