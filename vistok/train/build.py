@@ -223,7 +223,7 @@ def _accelerator(recipe: Recipe) -> Accelerator:
         mixed_precision=precision(config, state.device),
         log_with=(available_trackers(config.trackers) if state.is_main_process else None) or None,
         project_config=folder,
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused, broadcast_buffers=False)],
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)],
     )
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ConfigError(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from vistok.hub import write_atomic
 from vistok.train.steps.base import Part
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ class Log:
     def _continue(self, start: int) -> Any:
         rows = read(self.path)
         kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= start]
-        self.path.write_text("".join(kept if start else []))
+        write_atomic(self.path, "".join(kept if start else []).encode())
         return self.path.open("a")
 
     def _open_bar(self, start: int) -> None:
