@@ -8,6 +8,7 @@ import pytest
 
 from tests.bench import quantizers as cost
 from vistok.evaluate import bench_quantizers
+from vistok.evaluate.step_cost import measure_step
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +41,8 @@ def test_unknown_kinds_are_refused():
 
 
 def test_step_cost_counts_what_is_alive():
-    _, small = bench_quantizers.measure_step(bench_quantizers.create("quantizer", "fsq", levels=[8, 8]), repeats=1)
-    _, large = bench_quantizers.measure_step(bench_quantizers.create("quantizer", "lfq", dim=16), repeats=1)
+    _, small = measure_step(bench_quantizers.create("quantizer", "fsq", levels=[8, 8]), repeats=1)
+    _, large = measure_step(bench_quantizers.create("quantizer", "lfq", dim=16), repeats=1)
     assert small < 0.5
     assert large > 2
 

@@ -65,6 +65,15 @@ def test_codebooks_stay_bit_equal_over_fifty_uneven_steps(ranks, kind):
     assert any(not torch.equal(first[k], start[k]) for k in first)
 
 
+def test_tokens_are_drawn_once_from_both_processes(ranks):
+    first, second = (r["tokens"] for r in ranks)
+    assert torch.equal(first, second)
+    drawn = first.long().tolist()
+    assert len(set(drawn)) == 32
+    assert set(drawn) <= set(range(50))
+    assert min(drawn) < 20 <= max(drawn)
+
+
 def test_quantize_dropout_draws_the_same_levels(ranks):
     assert torch.equal(ranks[0]["levels"], ranks[1]["levels"])
     assert len(set(ranks[0]["levels"].tolist())) > 1

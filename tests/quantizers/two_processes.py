@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from tests.quantizers.zoo import ZOO, build, features
 from vistok.quantizers.base import Quantizer
+from vistok.quantizers.ema import draw_tokens
 
 DETERMINISTIC = [k for k in ZOO if not k.startswith(("binary", "vq_stochastic", "residual_dropout", "vq_ema_kmeans"))]
 SPLITS = {"even": (2, 2), "uneven": (3, 1), "one_empty": (4, 0)}
@@ -78,6 +79,13 @@ def drawn_levels(rank: int) -> torch.Tensor:
     return torch.tensor([q.draw_active(torch.zeros(1), None) for _ in range(20)])
 
 
+def drawn_tokens(rank: int) -> torch.Tensor:
+    """32 tokens drawn from 20 + 30 numbered ones, by processes with different seeds."""
+    torch.manual_seed(rank)
+    own = torch.arange(20.0) if rank == 0 else torch.arange(20.0, 50.0)
+    return draw_tokens(own.unsqueeze(1), None, 32, None).squeeze(1)
+
+
 def ddp_gradient(rank: int) -> torch.Tensor:
     """Gradient of the codebook under DistributedDataParallel."""
     q = build("vq_entropy")
@@ -102,6 +110,7 @@ def work(rank: int, folder: str) -> None:
         "cvq": fifty_steps("cvq", rank),
         "residual_dropout": fifty_steps("residual_dropout", rank),
         "levels": drawn_levels(rank),
+        "tokens": drawn_tokens(rank),
         "ddp": ddp_gradient(rank),
     }
     torch.save(results, Path(folder) / f"rank{rank}.pt")

@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,11 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.weak import WeakIdKeyDictionary
 
 from vistok.config import create
+from vistok.evaluate.step_cost import measure_step
 from vistok.quantizers.base import Quantizer
 
 if TYPE_CHECKING:
@@ -44,6 +41,12 @@ class Entry:
     recommended: bool = False
 
 
+def _ema(codes: int, dim: int, threshold: float) -> dict[str, Any]:
+    """VQ-EMA that starts from k-means and revives codes used less than a tenth of their share."""
+    spec = {"name": "vq_ema", "codebook_size": codes, "dim": dim, "decay": 0.99, "kmeans_init": True}
+    return {**spec, "dead_threshold": threshold}
+
+
 ENTRIES: tuple[Entry, ...] = (
     Entry(label="vq", spec={"name": "vq", "codebook_size": 1024, "dim": 8}),
     Entry(label="vq l2", spec={"name": "vq", "codebook_size": 1024, "dim": 8, "l2_norm": True}),
@@ -53,51 +56,17 @@ ENTRIES: tuple[Entry, ...] = (
     ),
     Entry(label="vq l2 stochastic", spec={"name": "vq_stochastic", "codebook_size": 1024, "dim": 8}),
     Entry(label="clustering vq", spec={"name": "cvq", "codebook_size": 1024, "dim": 8}),
-    Entry(
-        label="ema vq, revival",
-        spec={
-            "name": "vq_ema",
-            "codebook_size": 1024,
-            "dim": 8,
-            "decay": 0.99,
-            "dead_threshold": 0.05,
-            "kmeans_init": True,
-        },
-        recommended=True,
-    ),
+    Entry(label="ema vq, revival", spec=_ema(1024, 8, 0.05), recommended=True),
     Entry(label="ibq", spec={"name": "ibq", "codebook_size": 1024, "dim": 8}),
     Entry(label="simvq", spec={"name": "simvq", "codebook_size": 1024, "dim": 8}),
     Entry(
         label="residual ema vq 2 x 32",
-        spec={
-            "name": "residual",
-            "layers": 2,
-            "base": {
-                "name": "vq_ema",
-                "codebook_size": 32,
-                "dim": 8,
-                "decay": 0.99,
-                "dead_threshold": 2.0,
-                "kmeans_init": True,
-            },
-        },
+        spec={"name": "residual", "layers": 2, "base": _ema(32, 8, 2.0)},
         recommended=True,
     ),
     Entry(
         label="grouped ema vq 2 x 32",
-        spec={
-            "name": "grouped_residual",
-            "layers": 1,
-            "groups": 2,
-            "base": {
-                "name": "vq_ema",
-                "codebook_size": 32,
-                "dim": 4,
-                "decay": 0.99,
-                "dead_threshold": 2.0,
-                "kmeans_init": True,
-            },
-        },
+        spec={"name": "grouped_residual", "layers": 1, "groups": 2, "base": _ema(32, 4, 2.0)},
         recommended=True,
     ),
     Entry(label="multiscale 1 2 4", spec={"name": "multiscale", "codebook_size": 197, "dim": 8, "scales": [1, 2, 4]}),
@@ -105,7 +74,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(label="fsq symmetric 4^5", spec={"name": "fsq_symmetric", "levels": [4] * 5}),
     Entry(label="lfq", spec={"name": "lfq", "dim": 10}),
     Entry(label="group lfq 2 x 5", spec={"name": "group_lfq", "dim": 10, "groups": 2}, recommended=True),
-    Entry(label="bsq", spec={"name": "bsq", "dim": 10}, recommended=True),
+    Entry(label="bsq", spec={"name": "bsq", "dim": 10}),
     Entry(label="binary", spec={"name": "binary", "dim": 10, "num_bits": 10}),
     Entry(label="gaussian", spec={"name": "gaussian", "dim": 4}),
 )
@@ -240,7 +209,9 @@ def _photographs(folder: Path | None) -> tuple[list[Tensor], list[Tensor]]:
         with Image.open(path) as file:
             picture = file.convert("RGB")
             scale = 256 / min(picture.size)
-            picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.LANCZOS)
+            picture = picture.resize(
+                (round(picture.width * scale), round(picture.height * scale)), Image.Resampling.LANCZOS
+            )
         pictures.append(torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1).float() / 255)
     return [p for i, p in enumerate(pictures) if i % 5], pictures[::5]
 
@@ -254,8 +225,9 @@ class _Autoencoder(nn.Module):
         self.encoder = nn.Sequential(
             nn.Linear(pixels, width), nn.GELU(), nn.LayerNorm(width), nn.Linear(width, quantizer.in_dim)
         )
-        # every quantizer sees channels of mean 0 and variance 1; look-up free kinds need a normaliser
-        self.norm = nn.BatchNorm1d(quantizer.in_dim, affine=False)
+        # every discrete kind sees channels of mean 0 and variance 1; look-up free kinds need a normaliser
+        discrete = bool(quantizer.vocab_sizes)
+        self.norm = nn.BatchNorm1d(quantizer.in_dim, affine=False) if discrete else nn.Identity()
         self.quantizer = quantizer
         self.decoder = nn.Sequential(nn.Linear(quantizer.dim, width), nn.GELU(), nn.Linear(width, pixels))
 
@@ -351,71 +323,6 @@ def _psnr(model: _Autoencoder, test: Tensor) -> float:
     error = F.mse_loss(model(test)[0].clamp(-1, 1), test) / 4  # [-1, 1] -> [0, 1]
     model.train()
     return float(-10 * error.log10())
-
-
-def measure_step(quantizer: Quantizer, *, device: str = "cpu", repeats: int = 5) -> tuple[float, float]:
-    """Cost of one training forward and backward of a quantizer on features (8, 256, in_dim).
-
-    Statistics of the quantizer are left out of the measurement; its state may change.
-
-    Args:
-        quantizer: In training mode.
-        device: Where it is.
-        repeats: The best of so many is taken.
-
-    Returns:
-        Milliseconds, and the largest memory alive above the input, in MB.
-    """
-    usage, quantizer.usage = quantizer.usage, None
-    side = getattr(quantizer, "scales", (16,))[-1]
-    z = torch.randn(8, side * side, quantizer.in_dim, device=device).mul_(0.1).requires_grad_()
-
-    def step() -> None:
-        out = quantizer(z)
-        (out.loss + out.codes.sum()).backward()
-
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        step()
-        if device != "cpu":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    with _AliveBytes([z, *quantizer.parameters(), *quantizer.buffers()]) as memory:
-        step()
-    quantizer.usage = usage
-    return min(times) * 1e3, memory.largest / 2**20
-
-
-class _AliveBytes(TorchDispatchMode):
-    """Follows the storages that operations create: bytes alive now and the largest they ever were."""
-
-    def __init__(self, known: Iterable[Tensor]) -> None:
-        super().__init__()
-        self.alive = self.largest = 0
-        self._known = WeakIdKeyDictionary()
-        for tensor in known:
-            self._known[tensor.untyped_storage()] = True
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                self._enter(leaf.untyped_storage())
-        return out
-
-    def _enter(self, storage: Any) -> None:
-        if storage in self._known:
-            return
-        self._known[storage] = True
-        self.alive += storage.nbytes()
-        self.largest = max(self.largest, self.alive)
-        weakref.finalize(storage, self._leave, storage.nbytes())
-
-    def _leave(self, nbytes: int) -> None:
-        self.alive -= nbytes
 
 
 def make_table(result: Result) -> Table:
