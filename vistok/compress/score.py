@@ -72,20 +72,41 @@ def matrix_rank(matrix: Tensor) -> Tensor:
     return rank
 
 
-def rotary_gravity(angles: Tensor, distance: Tensor, head_dim: int, floor: float = 0.1) -> Tensor:
+def rotary_gravity(angles: Tensor, distance: Tensor, floor: float = 0.1) -> Tensor:
     """Weight that rotary positions alone give to a distance (SparseVLM+): a table instead of an L x L product.
 
-    All-ones queries and keys of a rotary layer have the product 2 * sum_i cos(distance * theta_i), / sqrt(head_dim).
+    All-ones queries and keys of a rotary layer have the product 2 * sum_i cos(distance * theta_i), / sqrt(head width).
 
     Args:
-        angles: theta_i, the inverse frequencies, (head_dim / 2,).
+        angles: theta_i, the inverse frequencies, half as many as a head is wide.
         distance: Row position minus column position, any shape.
-        head_dim: Width of a head.
         floor: The weight is kept above this share of its value at distance 0: beyond 725 tokens (heads of 64) it
             passes through zero, and dividing by it would make the scores explode. LLaVA-1.5 never gets there.
     """
-    longest = int(distance.abs().max()) + 1
-    steps = torch.arange(longest, device=distance.device, dtype=torch.float32)
-    table = 2 * torch.cos(steps.unsqueeze(1) * angles.float().to(distance.device)).sum(1) / head_dim**0.5
-    found: Tensor = table.clamp_min(floor * float(head_dim**0.5))[distance.abs()]
+    root = (2 * len(angles)) ** 0.5
+    steps = torch.arange(int(distance.abs().max()) + 1, device=distance.device, dtype=torch.float32)
+    table = 2 * torch.cos(steps.unsqueeze(1) * angles.float().to(distance.device)).sum(1) / root
+    found: Tensor = table.clamp_min(floor * root)[distance.abs()]
     return found
+
+
+def rotary_gravity_product(angles: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """The same weight as released: the product of rotated all-ones vectors, without a floor.
+
+    Where it nearly vanishes the rounding of this product decides the scores, so parity needs it.
+
+    Args:
+        angles: Inverse frequencies.
+        rows: Positions of the query rows, (B, R).
+        columns: Positions of the columns, (B, L).
+
+    Returns:
+        float32, (B, R, L).
+    """
+
+    def ones(positions: Tensor) -> Tensor:
+        phase = positions.unsqueeze(-1).float() * angles.float()
+        return torch.cat([phase.cos() - phase.sin(), phase.cos() + phase.sin()], dim=-1)
+
+    product: Tensor = ones(rows) @ ones(columns).transpose(1, 2) / (2 * len(angles)) ** 0.5
+    return product
