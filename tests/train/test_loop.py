@@ -15,6 +15,7 @@ import torch
 import vistok
 from tests.train.tiny import recipe, weights
 from vistok.config import ConfigError
+from vistok.hub import LoadError
 from vistok.registry import register, registry
 from vistok.train import checkpoint, log
 from vistok.train.guard import Diverged
@@ -168,6 +169,17 @@ def test_finished_run_trains_no_further(straight):
 def test_changed_recipe_in_the_same_folder_is_refused(straight):
     with pytest.raises(ConfigError, match=r"another recipe\. optim\.lr: was 0\.001, is 0\.002.*train\.resume=anyway"):
         train(recipe(straight.out, {"optim": {"lr": 2e-3}}))
+
+
+def test_checkpoint_of_another_model_is_refused_even_anyway(straight):
+    with pytest.raises(LoadError, match=r"checkpoint of step 6 in .* does not fit TiTok: .*wrong shape"):
+        train(recipe(straight.out, {"model": {"num_tokens": 4}, "train": {"resume": "anyway"}}))
+
+
+def test_checkpoint_without_a_discriminator_is_refused(straight):
+    over = {"losses": {"adversarial": {"weight": 0.1}}, "train": {"step": GAN, "resume": "anyway"}}
+    with pytest.raises(ConfigError, match="has no discriminator. Start anew"):
+        train(recipe(straight.out, over))
 
 
 def test_used_folder_is_refused_when_resume_is_never(straight):

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from vistok import hub
 from vistok.config import ConfigError, create, write_yaml
 from vistok.data.augment import Augment
 from vistok.data.base import Dataset, fingerprint, keyed
@@ -249,7 +250,6 @@ def _model(recipe: Recipe, task: Step) -> nn.Module:
     model: nn.Module = create(task.model_kind, **recipe.model)
     if config.init_from is not None:
         import vistok
-        from vistok import hub
 
         hub.load_strictly(model, vistok.load(config.init_from).state_dict(), config.init_from)
     return model
@@ -302,10 +302,12 @@ def _continue(run: Run, found: Snapshot) -> None:
             f"data: the data set is not the one that {run.out} was trained on (files were added, removed or renamed). "
             f"Choose another train.out, or continue anyway with train.resume=anyway."
         )
+    source = f"The checkpoint of step {found.step} in {run.out}"
     for name, module in run.bare.items():
-        module.load_state_dict(found.modules[name])
-    for name, optimizer in run.optimizers.items():
-        optimizer.load_state_dict(dict(found.optimizers[name]))
+        if name not in found.modules:
+            raise ConfigError(f"{source} has no {name}. Start anew in another train.out, with train.init_from.")
+        hub.load_strictly(module, found.modules[name], source)
+        run.optimizers[name].load_state_dict(dict(found.optimizers[name]))
     if run.ema is not None and "ema" in found.modules:
         run.ema.load_state_dict(found.modules["ema"], facts["ema_updates"])
     run.task.load_state(found.extra)
