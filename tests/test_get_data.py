@@ -79,9 +79,8 @@ def test_unknown_set_lists_the_known_ones(get_data, tmp_path, monkeypatch, capsy
 
 def test_licences_of_single_files_are_read_from_debian_copyright(get_data, tmp_path):
     file = tmp_path / "copyright"
-    file.write_text(
-        "Format: x\n\nFiles: *\nLicense: CC0-1.0\n\nFiles: a.jpg\n b.jpg\nCopyright: 2016 N. N.\nLicense: CC-BY-4.0\n text\n"
-    )
+    single = "Files: a.jpg\n b.jpg\nCopyright: 2016 N. N.\nLicense: CC-BY-4.0\n text\n"
+    file.write_text(f"Format: x\n\nFiles: *\nLicense: CC0-1.0\n\n{single}")
     assert get_data._debian_licences(file) == {"*": "CC0-1.0", "a.jpg": "CC-BY-4.0", "b.jpg": "CC-BY-4.0"}
 
 
