@@ -18,8 +18,8 @@ class BinaryLatent(Quantizer):
 
     a = Linear(z), p = sigma(a). Training: bit ~ Bernoulli(sigma(a / train_temperature)); evaluation: bit = [p > 0.5].
     f = sg(bit) + p - sg(p), p at temperature one; code = f @ embed, so a 0 bit contributes nothing. Loss term
-    saturation = mean(p (1 - p)). Its published weight is unknown (the training script was never released): 0.01 is ours,
-    found on a toy run, where 1 lets bits freeze before they carry anything.
+    saturation = mean(p (1 - p)). Its published weight is unknown (the training script was never released): 0.01 is
+    ours, found on a toy run, where 1 lets bits freeze before they carry anything.
 
     Ids: up to 63 bits one id, above that bytes, G = num_bits / 8 groups of 256; bit k of a token is bit k mod 8 of
     group k // 8, the least significant first ("little").
