@@ -173,6 +173,25 @@ def test_eval_names_what_it_skipped(capsys: Any, model: str, pictures: Path, tmp
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["pictures"] == 2
 
 
+def test_eval_probes_a_labelled_folder(capsys: Any, model: str, pictures: Path, tmp_path: Path) -> None:
+    for label, level in (("dark", 10), ("light", 200)):
+        (tmp_path / "set" / label).mkdir(parents=True)
+        for i in range(12):
+            Image.new("L", (64, 64), level + i).save(tmp_path / "set" / label / f"{i}.png")
+    command = ["eval", model, "--probe", tmp_path / "set", "--point", "codes", "--out", tmp_path / "out"]
+    said = ran(capsys, *command)
+    found = json.loads((tmp_path / "out" / "probe.json").read_text())
+    assert f"{found['pictures']['test']} pictures, 2 classes" in said and "5 nearest" in said
+    assert found["protocol"]["settings"]["point"] == "codes"
+    assert "probe.json exist already" in failed(capsys, *command)
+    ran(capsys, *command, "--overwrite", "--data", pictures, "--metrics", "psnr")
+    assert (tmp_path / "out" / "metrics.json").is_file()
+
+
+def test_eval_without_pictures_says_what_to_give(capsys: Any, model: str, tmp_path: Path) -> None:
+    assert "give pictures with --data, a labelled folder" in failed(capsys, "eval", model, "--out", tmp_path / "out")
+
+
 def test_bench_writes_what_it_prints(capsys: Any, tmp_path: Path) -> None:
     command = ["bench", "tokenizer", "--model", "titok_tiny", "--batch", 1, "--rounds", 1, "--out", tmp_path / "b.json"]
     said = ran(capsys, *command)

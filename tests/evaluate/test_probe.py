@@ -230,8 +230,8 @@ def real(name: str) -> Path:
 def test_clothes_are_told_apart_by_their_grey_cells():
     found = probe(Cells(), *labelled_folder(real("fashion")), pool="flat", limit=4000, batch=256)
     assert found.classes == 10 and found.chance < 0.12
-    assert found.linear > 0.78 and found.knn[5] > 0.78
-    assert found.per_class["trouser"] > 0.9 > found.per_class["shirt"]
+    assert found.linear > 0.75 and found.knn[5] > 0.78
+    assert found.per_class["trouser"] > 0.85 and found.per_class["shirt"] < 0.6  # as everybody finds
 
 
 @pytest.mark.slow

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vistok.cli import files
+from vistok.cli import probe as probing
 from vistok.cli.pictures import Batch, Device, Model, Overwrite, load
 
 if TYPE_CHECKING:
     from vistok.evaluate.run import EvalResult
+    from vistok.tokenizers.base import Tokenizer
 
 SIGNALLED = 130
 bench = typer.Typer(help="Time vistok against the straightforward way, in one run.", no_args_is_help=True)
@@ -47,35 +49,63 @@ def train(
 
 def evaluate(
     model: Model,
-    data: Annotated[str, typer.Option(help="Pictures: files, folders, patterns, separated by commas.")],
     out: Annotated[Path, typer.Option(help="Folder for the results.")],
+    data: Annotated[str, typer.Option(help="Pictures: files, folders, patterns, separated by commas.")] = "",
     metrics: Annotated[str, typer.Option(help="Separated by commas, see vistok list metric.")] = "psnr,ssim,lpips_alex",
+    probe: Annotated[
+        Path | None, typer.Option(help="Folder whose sub-folders are classes: k-NN and linear probe of the features.")
+    ] = None,
+    point: Annotated[
+        str, typer.Option(help="Where to probe: features (before the quantizer), codes, or a submodule's path.")
+    ] = "features",
+    pool: Annotated[
+        probing.Pool, typer.Option(help="Features of a picture: mean over tokens, or all of them.")
+    ] = probing.Pool.mean,
     tokens: Annotated[int | None, typer.Option(min=1, help="Tokens per picture, for nested tokenizers.")] = None,
     batch: Batch = 16,
     device: Device = "",
     overwrite: Overwrite = False,
 ) -> None:
-    """Measure a tokenizer on pictures; write figures with their protocol and a page to look at."""
-    from vistok.cli.show import progress
-    from vistok.evaluate.run import evaluate as run
+    """Measure a tokenizer on pictures, probe its features, or both; write figures with their protocol and a page."""
+    if not data and probe is None:
+        raise ValueError("There is nothing to do: give pictures with --data, a labelled folder with --probe, or both.")
     from vistok.image import find_pictures
 
+    asked = {"metrics.json": data, probing.FILE: probe}
+    files.refuse_existing([out / name for name, wanted in asked.items() if wanted], overwrite=overwrite)
     found = list(files.collect(files.listed(data), find_pictures))
-    files.refuse_existing([out / "metrics.json"], overwrite=overwrite)
     tokenizer = load(model, device)
+    broken = files.Broken()
+    if found:
+        names = files.listed(metrics)
+        broken.reasons |= _measure(tokenizer, found, out, metrics=names, num_tokens=tokens, batch=batch, name=model)
+    if probe is not None:
+        broken.reasons |= probing.run(
+            tokenizer, probe, out, point=point, pool=pool, num_tokens=tokens, batch=batch, name=model
+        )
+    broken.finish()
+
+
+def _measure(
+    tokenizer: Tokenizer,
+    found: list[Path],
+    out: Path,
+    *,
+    metrics: list[str],
+    num_tokens: int | None,
+    batch: int,
+    name: str,
+) -> dict[Path, str]:
+    """Reconstruct and measure; pictures that could not be used, with the reason."""
+    from vistok.cli.show import progress
+    from vistok.evaluate.run import evaluate as run
+
     with progress("evaluate", len(found)) as advance:
         result = run(
-            tokenizer,
-            found,
-            metrics=files.listed(metrics),
-            out=out,
-            batch=batch,
-            name=model,
-            num_tokens=tokens,
-            progress=advance,
+            tokenizer, found, metrics=metrics, out=out, batch=batch, name=name, num_tokens=num_tokens, progress=advance
         )
     _print_result(result)
-    files.Broken({Path(path): why for path, why in result.skipped.items()}).finish()
+    return {Path(path): why for path, why in result.skipped.items()}
 
 
 def _print_result(result: EvalResult) -> None:
