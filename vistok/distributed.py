@@ -86,7 +86,7 @@ class _DifferentiableSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return _DifferentiableSum.apply(gradient)
+        return differentiable_sum(gradient)
 
 
 def differentiable_sum(x: Tensor) -> Tensor:
@@ -95,4 +95,7 @@ def differentiable_sum(x: Tensor) -> Tensor:
     For statistics that enter the local loss in a non-linear way (batch norm); the joint objective is the sum of the
     processes' losses. All processes have to run the same forward and backward passes, gradient penalties included.
     """
-    return x if world_size() == 1 else _DifferentiableSum.apply(x)
+    if world_size() == 1:
+        return x
+    total: Tensor = _DifferentiableSum.apply(x)
+    return total

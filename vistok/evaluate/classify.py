@@ -103,7 +103,7 @@ def fit_linear(
         return loss
 
     with torch.enable_grad():
-        optimizer.step(closure)  # type: ignore[arg-type]
+        optimizer.step(closure)
     return LinearClassifier(mean, scale, weight.detach(), bias.detach())
 
 

@@ -55,9 +55,10 @@ class DinoTrunk(nn.Module):
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, WIDTH, PATCH, stride=PATCH)})
         self.cls_token = nn.Parameter(torch.zeros(1, 1, WIDTH))
         self.pos_embed = nn.Parameter(torch.zeros(1, (SIZE // PATCH) ** 2 + 1, WIDTH))
-        self.blocks = nn.ModuleList(Block(WIDTH, HEADS, eps=1e-6) for _ in range(max(read_outs, default=-1) + 1))
-        for block in self.blocks:
+        blocks = [Block(WIDTH, HEADS, eps=1e-6) for _ in range(max(read_outs, default=-1) + 1)]
+        for block in blocks:
             block.mlp.act = nn.GELU("tanh")
+        self.blocks = nn.ModuleList(blocks)
         self._load(assets.find("dino_vits16", weights))
         mean, std = torch.tensor(MEAN).view(1, 3, 1, 1), torch.tensor(STD).view(1, 3, 1, 1)
         self.register_buffer("scale", 0.5 / std)
