@@ -106,6 +106,7 @@ def generate(model: Any, inputs: dict[str, Any], steps: int = 4, **kwargs: Any) 
         return_dict_in_generate=True,
         output_logits=True,
         pad_token_id=PAD,
+        suppress_tokens=[IMAGE],  # a random model may say it, and the emulation would take it for a picture
         **kwargs,
     )
 
@@ -127,11 +128,15 @@ def emulate(model: Any, inputs: dict[str, Any], plugin_call: Any, tokens: Tensor
     causal = torch.ones(length, length, dtype=torch.bool).tril()
     handles = []
     for i, layer in enumerate(model.base_model.language_model.layers):
-        columns = plugin_call.columns_at(i)
-        seen = torch.zeros(ids.shape[0], length, dtype=torch.bool)
-        seen[:, :prompt].scatter_(1, columns.index, columns.valid)
-        seen[:, prompt:] = True
-        allowed = causal & seen[:, None, None, :]
+        by_prompt, by_new = (
+            torch.zeros(ids.shape[0], length, dtype=torch.bool).scatter(1, columns.index, columns.valid)
+            for columns in (plugin_call.columns_at(i), plugin_call.cached_at(i))
+        )
+        by_new[:, prompt:] = True
+        seen = torch.cat(
+            [by_prompt[:, None].expand(-1, prompt, -1), by_new[:, None].expand(-1, length - prompt, -1)], 1
+        )
+        allowed = causal & seen[:, None]
         allowed = allowed | torch.eye(length, dtype=torch.bool)  # a row that sees nothing looks at itself: unused
 
         def hide(module: Any, args: Any, kwargs: Any, allowed: Tensor = allowed) -> Any:

@@ -14,7 +14,7 @@ from tests.plugins import hosts
 from vistok.compress.budget import Budget
 from vistok.plugins.attach import attach, plugin_of
 
-NAMES = ["pool", "downsample", "random_features"]
+NAMES = ["pool", "downsample", "random_features", "mustdrop"]
 RAGGED = (1, 3, 0)
 
 
@@ -112,7 +112,7 @@ def test_the_callers_prompt_comes_back_in_front(llava, name):
     assert torch.equal(first[:, : length + 3], out.sequences)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES[:3])
 def test_positions_of_the_full_prompt_are_kept(llava, name):
     inputs = hosts.llava_inputs((1,))
     with attach(llava, name, keep=4) as plugin:
@@ -227,6 +227,37 @@ def test_a_copy_of_the_model_compresses_with_its_own_weights(llava):
     assert hosts.logits(hosts.generate(twin, inputs)).abs().max() == 0
     plugin_of(twin).detach()
     assert "forward" not in vars(twin)
+
+
+@pytest.mark.parametrize("threshold", [-1.0, 0.05])
+def test_merging_in_the_tower_decides_per_picture(llava, threshold):
+    inputs = hosts.llava_inputs(RAGGED, seed=3)
+    config = {"similarity": threshold, "keep": 6, "keys": 0.2}
+    with attach(llava, "mustdrop", **config) as plugin:
+        batch = hosts.generate(llava, inputs)
+        entered = plugin.trace.image[0]
+        assert plugin.trace.images == [[16], [16, 16, 16], []]
+        assert threshold > 0 or entered == [8, 24, 0]
+        for r, single in enumerate(hosts.split_rows(inputs, RAGGED)):
+            alone = hosts.generate(llava, single)
+            torch.testing.assert_close(hosts.logits(batch)[r], hosts.logits(alone)[0], atol=2e-5, rtol=0)
+
+
+def test_the_key_set_survives_any_threshold(llava):
+    inputs = hosts.llava_inputs((1, 2), seed=6)
+    drop_all = {"gamma_global": 10.0, "gamma_individual": 10.0}
+    with attach(llava, "mustdrop", similarity=2.0, keys=0.2, **drop_all) as plugin:
+        hosts.generate(llava, inputs)
+        assert plugin.trace.image[-1] == [4, 8]  # ceil(0.2 * 16) of each picture
+        assert plugin.trace.cached[1][0] < plugin.trace.cached[0][0]
+
+
+def test_the_released_order_puts_merged_tokens_first(llava):
+    inputs = hosts.llava_inputs((2,), seed=6)
+    with attach(llava, "mustdrop", similarity=-1.0, reference=True) as plugin:
+        assert "position_ids" not in plugin.prepare(inputs)
+        hosts.generate(llava, inputs)
+        assert plugin.trace.image[0] == [16]
 
 
 def test_a_prefill_method_has_nothing_to_prepare(llava):

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
+from tests.fill import fill
 from tests.plugins import decoder
 from vistok.compress.cluster import density_peaks
+from vistok.compress.merge import merge_windows, window_similarity, windows
+from vistok.compress.methods.mustdrop import MustDrop
 from vistok.compress.methods.sparsevlm import rater_weights
 from vistok.compress.score import matrix_rank, transition
 from vistok.plugins.attach import attach
+from vistok.plugins.tower import working
 
 pytestmark = pytest.mark.parity
 
@@ -119,3 +124,76 @@ def test_sparsevlm_matches_the_official_decoder(golden, name, seed, counts, laye
     hidden = model.model.language_model.norm(seen[0][0]) if extra else out.last_hidden_state[0]
     torch.testing.assert_close(hidden[-4:], ref["C_last_hidden"], atol=1e-3, rtol=0)
     torch.testing.assert_close(hidden.mean(-1), ref["C_row_mean"], atol=1e-3, rtol=0)
+
+
+def test_windows_merge_as_in_the_official_code(golden):
+    ref = golden("mustdrop_merge")
+    grid = ref.meta["A"]["grid"]
+    x = ref["A_x"]
+    members = windows((grid, grid), 3)
+    alike = window_similarity(x[:, 1:], members)
+    torch.testing.assert_close(alike, ref["A_window_similarity"], atol=1e-5, rtol=0)
+    over = (alike >= 0.8).sum(1)
+    assert torch.equal(over, ref["A_count_over_threshold_per_row"])
+    reduction = merge_windows(alike, members, grid * grid, int(over.min()), raster=False)
+    merged = torch.cat([x[:, :1], reduction.apply(x[:, 1:])], dim=1)
+    torch.testing.assert_close(merged, ref["A_merged"], atol=1e-5, rtol=0)
+    assert torch.equal(reduction.sizes, ref["A_size"][:, 1:, 0])
+
+
+def test_the_tower_merges_and_finds_keys_as_in_the_official_code(golden):
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    ref = golden("mustdrop_merge")
+    spec = ref.meta["B"]["clip"]
+    config = CLIPVisionConfig(
+        hidden_size=spec["hidden"],
+        intermediate_size=spec["mlp"],
+        num_hidden_layers=spec["layers"],
+        num_attention_heads=spec["heads"],
+        image_size=spec["image"],
+        patch_size=spec["patch"],
+        hidden_act=spec["hidden_act"],
+        layer_norm_eps=spec["layer_norm_eps"],
+    )
+    tower = CLIPVisionModel(config).eval()
+    state = {
+        k.removeprefix("vision_model."): torch.from_numpy(fill(k, tuple(s))) for k, s in ref.meta["B"]["state_dict"]
+    }
+    tower.load_state_dict(state, strict=True)
+    r = np.random.default_rng(305)
+    a, b = 2 * r.standard_normal((1, 3, 3, 3)), r.uniform(0.02, 2, (1, 1, 3, 3))
+    ones = np.ones((42, 42))
+    noise = np.random.default_rng(306).standard_normal((1, 3, 126, 126))
+    pixels = torch.from_numpy((np.kron(a, ones) + np.kron(b, ones) * noise).astype(np.float32))
+    assert torch.equal(pixels[:, :, ::7, ::7], ref["B_pixel_values_seeded"])
+    method = MustDrop(reference=True)
+    with torch.no_grad(), working(tower, method) as work:
+        out = tower(pixels, output_hidden_states=True)
+    torch.testing.assert_close(out.hidden_states[-2][:, 1:], ref["B_features"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(work.class_row, ref["B_cls_attention"], atol=1e-5, rtol=0)
+    assert torch.equal(torch.where(method.key_set(work.class_row)[0])[0], ref["B_key_set"][0].sort().values)
+
+
+def test_mustdrop_matches_the_official_decoder_and_cache(golden):
+    ref = golden("mustdrop_merge")
+    spec = ref.meta["D"]
+    start, _, _ = layout = spec["layout"]
+    model = decoder.host(spec["model"], spec["state_dict"])
+    embeds = decoder.prompt(311, layout, spec["model"]["hidden_size"])
+    protect = torch.zeros(1, sum(layout), dtype=torch.bool)
+    protect[0, start + ref["D_key_set"]] = True
+    thresholds = {"gamma_global": spec["global_thr"], "gamma_individual": spec["individual_thr"]}
+    with attach(model, "mustdrop", merge=False, reference=True, layers=[3, 7, 11, 15], **thresholds) as plugin:
+        notes = decoder.record(plugin)
+        plugin.runtime.handover = {"protect": protect}
+        out = decoder.prefill(model, embeds, layout, use_cache=True)
+        plugin.runtime.handover = {}
+    for stage, note in enumerate(notes):
+        assert torch.equal(note["kept"], ref[f"D_kept_stage{stage}"])
+    assert decoder.lengths(out) == ref["D_kv_len"].tolist()
+    torch.testing.assert_close(out.last_hidden_state[0, -4:], ref["D_last_hidden"], atol=2e-4, rtol=0)
+    for layer in (2, 20):
+        keys = out.past_key_values.layers[layer].keys
+        sample = ref[f"D_k_layer{layer}_sample"]
+        torch.testing.assert_close(keys[0, 0, :, ::4], sample, atol=2e-4, rtol=0)

@@ -74,6 +74,11 @@ class Method:
         return False
 
     @property
+    def shortens_prompt(self) -> bool:
+        """Whether fewer features than the tower's patches reach the language model."""
+        return bool(self.stages & {"vision", "features"})
+
+    @property
     def scope(self) -> Literal["image", "row"]:
         """What a budget counts over: every image (default) or all image tokens of a sample (published code)."""
         return "row" if self.reference else "image"

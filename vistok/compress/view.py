@@ -34,6 +34,7 @@ class View:
         angles: Inverse frequencies of the rotary embedding, None if the model has none.
         positions: Position of every column in the rotary embedding.
         survivors: For eviction: True at columns that are still there at the last layer.
+        survivor_counts: Their image tokens, per sample and image.
     """
 
     index: Tensor
@@ -54,6 +55,7 @@ class View:
     angles: Tensor | None = None
     positions: Tensor | None = None
     survivors: Tensor | None = None
+    survivor_counts: list[list[int]] | None = None
 
     @property
     def image(self) -> Tensor:

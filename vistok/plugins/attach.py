@@ -83,7 +83,7 @@ class Plugin:
         Raises:
             ValueError: The method does nothing before the language model.
         """
-        if "features" not in self.method.stages:
+        if not self.method.shortens_prompt:
             raise ValueError(f"{self.name} works inside the language model: there is nothing to prepare.")
         packed = prepare(self.runtime, dict(inputs))
         return dict(inputs) if packed is None else packed.kwargs
@@ -144,7 +144,7 @@ class Plugin:
             self.handle.attribute(self.model, OWNER, self)
             if hasattr(self.model, "generate"):
                 self.handle.attribute(self.model, "generate", Generate(self, self.model.generate))
-            if "features" in self.method.stages:
+            if self.method.shortens_prompt:
                 self.handle.attribute(self.model, "forward", Forward(self, self.model.forward))
         except BaseException:
             self.handle.remove()

@@ -51,6 +51,7 @@ def evict(runtime: Runtime, call: Call, cache: Any) -> None:
             view = call.view(columns, layer=i)
             final = call.columns_at(call.depth - 1)
             view.survivors = _survivors(columns, final, call.start.index.shape[1])
+            view.survivor_counts = call.scoped(final.counts)
             decision = runtime.method.evict(view, call.received.pop(i, None), runtime.host)
             if decision.reduction is None:
                 continue
@@ -58,7 +59,9 @@ def evict(runtime: Runtime, call: Call, cache: Any) -> None:
             layer = cache.layers[i]
             layer.keys, layer.values = (_gather(x, index) for x in (layer.keys, layer.values))
             per_sample = slice(None, None, len(index) // len(columns.index))
-            call.evicted[i] = columns.gather(index[per_sample], valid[per_sample], decision.counts)
+            shorter = columns.gather(index[per_sample], valid[per_sample], decision.counts)
+            counts = call.counts_by_image(decision.counts, shorter)
+            call.evicted[i] = columns.gather(index[per_sample], valid[per_sample], counts)
 
 
 def _survivors(columns: Columns, final: Columns, prompt: int) -> Tensor:

@@ -85,9 +85,8 @@ class Call:
     def view(self, columns: Columns, *, layer: int = 0, stage: int = 0, hidden: Tensor | None = None) -> View:
         """The columns as a method sees them; under `scope="row"` all images of a sample count as one."""
         sizes, counts, segment, place = self.start.counts, columns.counts, columns.segment, columns.place
+        sizes, counts = self.scoped(sizes), self.scoped(counts)
         if self.scope == "row":
-            sizes = [[sum(row)] if row else [] for row in sizes]
-            counts = [[sum(row)] if row else [] for row in counts]
             first = self.start.segment >= 0
             place = take(first.cumsum(1) - 1, columns.index).clamp_min(0)
             segment = segment.clamp_max(0)
@@ -104,6 +103,10 @@ class Call:
             stage=stage,
             hidden=hidden,
         )
+
+    def scoped(self, counts: list[list[int]]) -> list[list[int]]:
+        """Counts per image as the method sees them."""
+        return [[sum(row)] if row else [] for row in counts] if self.scope == "row" else counts
 
     def row_columns(self, columns: Columns) -> tuple[Tensor, Tensor]:
         """Where the query rows stand now: columns (B, R) and which of them exist (B, R)."""

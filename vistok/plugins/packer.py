@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from vistok.compress.method import FeatureMethod
+from vistok.compress.methods.mustdrop import MustDrop
 from vistok.compress.reduction import Reduction, pack, take
 from vistok.compress.signals import Signals
-from vistok.plugins.families.base import PIXELS, Block
+from vistok.plugins.families.base import PIXELS, Block, Entry, entry
 from vistok.plugins.layout import build, find
 
 if TYPE_CHECKING:
@@ -111,28 +112,14 @@ def prepare(runtime: Runtime, kwargs: dict[str, Any], *, generating: bool = True
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Entry:
-    """One image after compression.
-
-    Attributes:
-        features: What goes to the language model, (M, D).
-        keep: Columns of the image whose placeholders stay, (N,).
-        protect: Those that later stages must not drop, (N,).
-        reduction: From the image's columns to the features, (1, M).
-    """
-
-    features: Tensor
-    keep: Tensor
-    protect: Tensor
-    reduction: Reduction
+Encoded = tuple[dict[str, Any], dict[str, list[Entry]], dict[str, list[int]]]
 
 
-def _compressed(
-    runtime: Runtime, kwargs: dict[str, Any]
-) -> tuple[dict[str, Any], dict[str, list[Entry]], dict[str, list[int]]]:
+def _compressed(runtime: Runtime, kwargs: dict[str, Any]) -> Encoded:
     """Encoder outputs with fewer tokens, the images one by one, and their full sizes."""
     family, method = runtime.family, runtime.method
+    if isinstance(method, MustDrop):
+        return family.encode_merged(runtime.model, kwargs, method)
     assert isinstance(method, FeatureMethod)
     if "pixels" in method.needs:
         outputs, full_blocks = family.encode_smaller(runtime.model, kwargs, lambda block: _quota(runtime, block))
@@ -165,7 +152,7 @@ def _compress(runtime: Runtime, features: Tensor, blocks: Sequence[Block]) -> En
         (block,) = blocks
         signals = Signals(features=features.new_zeros(block.length, 1), grid=block.grid)
         reduction = method.compress(signals, method.count(block.length, runtime.host))
-        return _entry(features, reduction)
+        return entry(features, reduction)
     total = sum(block.length for block in blocks)
     left = method.count(total, runtime.host)
     pieces: list[tuple[Tensor, Tensor]] = []
@@ -181,13 +168,7 @@ def _compress(runtime: Runtime, features: Tensor, blocks: Sequence[Block]) -> En
     index = torch.cat([columns for _, columns in pieces])
     order = index.argsort()
     rows = torch.cat([rows for rows, _ in pieces])[order]
-    return _entry(rows, Reduction(index[order].unsqueeze(0), torch.ones_like(index).unsqueeze(0), len(features)))
-
-
-def _entry(features: Tensor, reduction: Reduction) -> Entry:
-    keep = torch.zeros(reduction.length, dtype=torch.bool, device=features.device)
-    keep[reduction.index[0].to(features.device)] = True
-    return Entry(features=features, keep=keep, protect=torch.zeros_like(keep), reduction=reduction)
+    return entry(rows, Reduction(index[order].unsqueeze(0), torch.ones_like(index).unsqueeze(0), len(features)))
 
 
 def _positions(

@@ -213,9 +213,8 @@ class Runtime:
         with torch.no_grad():
             shorter = columns.gather(reduction.index, reduction.valid, decision.counts)
             if call.scope == "row":
-                shorter = columns.gather(
-                    reduction.index, reduction.valid, call.counts_by_image(decision.counts, shorter)
-                )
+                counts = call.counts_by_image(decision.counts, shorter)
+                shorter = columns.gather(reduction.index, reduction.valid, counts)
         call.stages.append(Stage(layer=i, columns=shorter))
         return reduction.apply(hidden)
 
@@ -270,7 +269,7 @@ class Runtime:
 
 def _expanded(handover: dict[str, Any], batch: int) -> dict[str, Any]:
     """What the packer told about each sample, for as many beams or returned sequences as there are."""
-    if not handover or len(handover["before"]) == batch:
+    if "before" not in handover or len(handover["before"]) == batch:
         return dict(handover)
     times = batch // len(handover["before"])
     return {

@@ -31,7 +31,7 @@ class Generate(Wrapper):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Generate; see the host's own documentation."""
         refuse_generation(self.plugin, args, kwargs)
-        if "features" not in self.plugin.method.stages:
+        if not self.plugin.method.shortens_prompt:
             return self.__wrapped__(*args, **kwargs)
         if args:
             kwargs = {"input_ids": args[0], **kwargs}

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vistok.compress.budget import HostShape
+from vistok.compress.methods.mustdrop import MustDrop
 from vistok.compress.reduction import Reduction
 from vistok.registry import list_names, registry
 
@@ -49,6 +50,34 @@ class Block:
         if self.grid is None or len(self.newlines) != self.length // self.grid[-1]:
             return self.newlines
         return self.newlines.to(kept.device)[torch.unique(kept // self.grid[-1])]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One image after compression.
+
+    Attributes:
+        features: What goes to the language model, (M, D).
+        keep: Columns of the image whose placeholders stay, (N,).
+        protect: Those that later stages must not drop, (N,).
+        reduction: From the image's columns to the features, (1, M).
+    """
+
+    features: Tensor
+    keep: Tensor
+    protect: Tensor
+    reduction: Reduction
+
+
+def entry(features: Tensor, reduction: Reduction, protect: Tensor | None = None) -> Entry:
+    """An image after compression; `protect` says which of its features must stay, (M,)."""
+    index = reduction.index[0].to(features.device)
+    keep = torch.zeros(reduction.length, dtype=torch.bool, device=features.device)
+    keep[index] = True
+    must = torch.zeros_like(keep)
+    if protect is not None:
+        must[index] = protect
+    return Entry(features=features, keep=keep, protect=must, reduction=reduction)
 
 
 def square(n: int, start: int = 0) -> Block:
@@ -172,6 +201,22 @@ class Family:
         """
         raise TypeError(
             f"{type(self).__name__} cannot make pictures smaller before its tower. Use pool, or another host."
+        )
+
+    def encode_merged(
+        self, model: Any, kwargs: dict[str, Any], method: MustDrop
+    ) -> tuple[dict[str, Any], dict[str, list[Entry]], dict[str, list[int]]]:
+        """Run the tower while a method merges patches inside it.
+
+        Returns:
+            Encoder outputs, the images one by one, and their full sizes.
+
+        Raises:
+            TypeError: The family cannot.
+        """
+        raise TypeError(
+            f"{type(self).__name__} puts the tower's patches on a grid, so none can be merged inside it. "
+            "Use merge=False: the filter and the cache work on every host."
         )
 
     def host_shape(self, model: Any) -> HostShape:

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from vistok.compress.grid import fit_grid
-from vistok.plugins.families.base import Block, Family, square
+from vistok.compress.methods.mustdrop import MustDrop
+from vistok.compress.reduction import Reduction
+from vistok.plugins.families.base import Block, Entry, Family, entry, square
+from vistok.plugins.tower import working
 from vistok.registry import register
 
 
@@ -36,3 +40,31 @@ class Llava(Family):
         size = (small[0] * patch, small[1] * patch)
         resized = F.interpolate(pixels.float(), size, mode="bicubic", antialias=True).to(pixels.dtype)
         return self.encode(model, {**kwargs, "pixel_values": resized}, interpolate_pos_encoding=True), blocks
+
+    def encode_merged(
+        self, model: Any, kwargs: dict[str, Any], method: MustDrop
+    ) -> tuple[dict[str, Any], dict[str, list[Entry]], dict[str, list[int]]]:
+        """Pictures one by one, so that each merges as its own content says; under `reference` all in one batch."""
+        pixels: Tensor = kwargs["pixel_values"]
+        features: list[Tensor] = []
+        entries: list[Entry] = []
+        output: Any = None
+        for batch in [pixels] if method.reference else pixels.split(1):
+            with working(self.tower(model), method) as work:
+                output = self.encode(model, {**kwargs, "pixel_values": batch})["image"]
+            assert work.class_row is not None
+            must = method.key_set(work.class_row)
+            for i, found in enumerate(self.features(output)):
+                features.append(found)
+                entries.append(entry(found, _places(work.reduction, i, len(found), method), must[i]))
+        sizes = [e.reduction.length for e in entries]
+        output.pooler_output = features
+        return {"image": output}, {"image": entries}, {"image": sizes}
+
+
+def _places(merged: Reduction | None, i: int, count: int, method: MustDrop) -> Reduction:
+    """Placeholders that the features of picture i take; merged-first order has no places of its own."""
+    length = count if merged is None else merged.length
+    in_order = merged is None or method.reference
+    index = torch.arange(count).unsqueeze(0) if in_order or merged is None else merged.index[i : i + 1]
+    return Reduction(index, torch.ones_like(index), length)
