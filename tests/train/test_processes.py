@@ -57,6 +57,7 @@ GAN: dict[str, Any] = {
     "r1_gamma": 1.0,
     "r1_every": 4,
 }
+PATCHGAN = {"name": "patchgan_discriminator", "width": 16, "layers": 2}  # with batch norm
 LOSSES = {"lpips": {"weight": 0.1, "net": "alex"}, "adversarial": {"weight": 0.1, "start": 5}}
 
 
@@ -71,6 +72,11 @@ LOSSES = {"lpips": {"weight": 0.1, "net": "alex"}, "adversarial": {"weight": 0.1
             {"losses": LOSSES, "train": {"step": GAN}, "optim": {"lr": 1e-4}},
             ("model", "ema", "discriminator"),
             id="gan",
+        ),
+        pytest.param(
+            {"losses": LOSSES, "train": {"step": {**GAN, "discriminator": PATCHGAN}}, "optim": {"lr": 1e-4}},
+            ("model", "ema", "discriminator"),
+            id="patchgan",
         ),
     ],
 )
