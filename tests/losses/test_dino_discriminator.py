@@ -78,6 +78,12 @@ def test_state_dict_holds_the_heads_alone(tiny):
     assert {k.split(".")[0] for k, _ in tiny.named_parameters()} == {"heads"}
 
 
+def test_trunk_is_carried_by_nothing_but_moves_along(tiny):
+    assert {k.rsplit(".", 1)[1] for k, _ in tiny.named_buffers()} == {"weight_u", "weight_v"}
+    tiny.double()
+    assert tiny.trunk.pos_embed.dtype == tiny.trunk.blocks[0].attn.qkv.weight.dtype == torch.float64
+
+
 def test_a_file_of_another_network_is_refused(tmp_path):
     save_file({"cls_token": torch.zeros(1, 1, 768)}, tmp_path / "base.safetensors")
     with pytest.raises(AssetError, match="is no DINO ViT-S/16: 4 of 4 tensors"):

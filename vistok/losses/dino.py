@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -167,6 +168,8 @@ class DinoDiscriminator(nn.Module):
         AssetError: No weights on this machine, or others; the message lists where they can come from.
     """
 
+    trunk: DinoTrunk
+
     def __init__(
         self,
         *,
@@ -180,17 +183,18 @@ class DinoDiscriminator(nn.Module):
         super().__init__()
         self.crops = crops
         self.augment = DiffAugment(probability=augment, cutout=cutout)
-        self.trunk = DinoTrunk(tuple(read_outs), weights)
+        # Beside the module tree: what wraps, saves, averages or guards the discriminator need not carry 86 MB that
+        # never change.
+        self.__dict__["trunk"] = DinoTrunk(tuple(read_outs), weights)
         self.heads = nn.ModuleList(
             nn.Sequential(_block(1), Residual(_block(kernel)), SpectralConv1d(WIDTH, 1, 1))
             for _ in range(len(read_outs) + 1)
         )
 
-    def train(self, mode: bool = True) -> DinoDiscriminator:
-        """Switch heads and augmentation; the trunk stays in eval mode."""
-        super().train(mode)
-        self.trunk.eval()
-        return self
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DinoDiscriminator:
+        """What `.to(...)` calls; the trunk goes along."""
+        self.trunk._apply(fn)
+        return super()._apply(fn, recurse)
 
     def forward(self, images: Tensor) -> Tensor:
         """Pictures in [0, 1], (B, 3, H, W) -> logits (B, 196 x (read-outs + 1)), 980 as published."""
