@@ -106,7 +106,7 @@ def generate(model: Any, inputs: dict[str, Any], steps: int = 4, **kwargs: Any) 
         return_dict_in_generate=True,
         output_logits=True,
         pad_token_id=PAD,
-        suppress_tokens=[IMAGE],  # a random model may say it, and the emulation would take it for a picture
+        suppress_tokens=[60, 61, 62, 63],  # a random model may say it, and the emulation would take it for a picture
         **kwargs,
     )
 
@@ -116,7 +116,7 @@ def logits(output: Any) -> Tensor:
     return torch.stack(output.logits, dim=1)
 
 
-def emulate(model: Any, inputs: dict[str, Any], plugin_call: Any, tokens: Tensor) -> Tensor:
+def emulate(model: Any, inputs: dict[str, Any], plugin_call: Any, tokens: Tensor, family: Any = None) -> Tensor:
     """Logits of the same steps with nothing removed: from each cut on, dropped tokens are only hidden as keys.
 
     One uncached pass over prompt and generated tokens, original positions, per-layer 4-D masks.
@@ -127,7 +127,8 @@ def emulate(model: Any, inputs: dict[str, Any], plugin_call: Any, tokens: Tensor
     length, prompt = ids.shape[1], inputs["input_ids"].shape[1]
     causal = torch.ones(length, length, dtype=torch.bool).tril()
     handles = []
-    for i, layer in enumerate(model.base_model.language_model.layers):
+    text = model.base_model.language_model if family is None else family.text_model(model)
+    for i, layer in enumerate(text.layers):
         by_prompt, by_new = (
             torch.zeros(ids.shape[0], length, dtype=torch.bool).scatter(1, columns.index, columns.valid)
             for columns in (plugin_call.columns_at(i), plugin_call.cached_at(i))
@@ -147,7 +148,11 @@ def emulate(model: Any, inputs: dict[str, Any], plugin_call: Any, tokens: Tensor
 
         handles.append(layer.register_forward_pre_hook(hide, with_kwargs=True))
     positions = (mask.cumsum(1) - 1).clamp_min(0)
-    rest = {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask")}
+    if family is not None and family.mrope:
+        given = family.positions(model, inputs, generating=True)  # (4, B, L)
+        steps = given.amax(2, keepdim=True) + 1 + torch.arange(new - 1)
+        positions = torch.cat([given, steps], dim=2)
+    rest = {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask", "mm_token_type_ids")}
     try:
         out = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, **rest)
     finally:

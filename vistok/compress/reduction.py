@@ -100,8 +100,8 @@ class Reduction:
         index = self.index.gather(1, then.index)
         if self.links is None and then.links is None:
             return Reduction(index, then.sizes, self.length)
-        first_links, first_weights = self._as_links()
-        then_links, then_weights = then._as_links()
+        first_links, first_weights = self.as_links()
+        then_links, then_weights = then.as_links()
         batch, n, k = first_links.shape
         via = first_links.clamp_min(0).reshape(batch, -1)  # (B, N * k)
         links = take(then_links, via).view(batch, n, -1)
@@ -113,7 +113,8 @@ class Reduction:
         )
         return Reduction(index, sizes.to(then.sizes.dtype), self.length, links, weights.reshape(batch, n, -1))
 
-    def _as_links(self) -> tuple[Tensor, Tensor]:
+    def as_links(self) -> tuple[Tensor, Tensor]:
+        """Links and weights, also of a selection, (B, N, k) each."""
         if self.links is not None:
             assert self.weights is not None
             return self.links, self.weights

@@ -19,7 +19,7 @@ from vistok.plugins.packer import PROMPT, continue_prompt, prepare, put_back, st
 from vistok.plugins.report import Report, build_report
 from vistok.plugins.rows import can_score
 from vistok.plugins.runtime import Runtime
-from vistok.plugins.wrap import Forward, Generate
+from vistok.plugins.wrap import Forward, Generate, refuse_uneven
 
 OWNER = "_vistok_plugin"
 
@@ -107,6 +107,8 @@ class Plugin:
             if packed is None:
                 return call(*args, **kwargs)
             short = packed.kwargs
+            if generating:
+                refuse_uneven(self, packed, kwargs)
             self.runtime.handover = dict(packed.handover)
         self._inside = True
         try:

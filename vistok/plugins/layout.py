@@ -84,9 +84,11 @@ def find(masks: dict[str, Tensor], sizes: dict[str, list[int]], *, runs: bool = 
     images = {}
     for modality, mask in masks.items():
         per_row: list[int] = mask.sum(1).tolist()
-        images[modality] = split_sizes(modality, sizes.get(modality, []), per_row)
-        if runs:
+        found = sizes.get(modality, [])
+        if runs and sum(found) == sum(per_row):
             images[modality] = [_runs(row) for row in mask.cpu()]
+        else:
+            images[modality] = split_sizes(modality, found, per_row)
     return Prompt(masks=masks, images=images)
 
 
@@ -157,6 +159,11 @@ def split_sizes(modality: str, sizes: Sequence[int], per_row: Sequence[int]) -> 
             f"({len(left)} of {len(sizes)} {modality}s have no placeholder). Use the model's processor."
         )
     return rows
+
+
+def run_lengths(mask: Tensor) -> list[int]:
+    """Lengths of the uninterrupted runs of True, sample after sample, (B, L)."""
+    return [length for row in mask.cpu() for length in _runs(row)]
 
 
 def _runs(row: Tensor) -> list[int]:

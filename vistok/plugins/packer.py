@@ -6,6 +6,7 @@ One place for newlines, grids, positions, padding and what the caller gets back,
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from vistok.compress.methods.mustdrop import MustDrop
 from vistok.compress.reduction import Reduction, pack, take
 from vistok.compress.signals import Signals
 from vistok.plugins.families.base import PIXELS, Block, Entry, entry
-from vistok.plugins.layout import build, find
+from vistok.plugins.layout import build, find, run_lengths
 
 if TYPE_CHECKING:
     from vistok.plugins.runtime import Runtime
@@ -63,9 +64,9 @@ def prepare(runtime: Runtime, kwargs: dict[str, Any], *, generating: bool = True
     model, family = runtime.model, runtime.family
     if not any(kwargs.get(name) is not None for name in PIXELS.values()) and not kwargs.get("mm_encoder_outputs"):
         return None
-    outputs, entries, full = _compressed(runtime, kwargs)
     ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
     masks = family.find_placeholders(model, ids, embeds)
+    outputs, entries, full = _compressed(runtime, kwargs, masks)
     masks = {modality: mask for modality, mask in masks.items() if modality in outputs}
     prompt = find(masks, full, runs=family.images_are_runs)
     first = ids if ids is not None else embeds
@@ -115,7 +116,7 @@ def prepare(runtime: Runtime, kwargs: dict[str, Any], *, generating: bool = True
 Encoded = tuple[dict[str, Any], dict[str, list[Entry]], dict[str, list[int]]]
 
 
-def _compressed(runtime: Runtime, kwargs: dict[str, Any]) -> Encoded:
+def _compressed(runtime: Runtime, kwargs: dict[str, Any], masks: dict[str, Tensor]) -> Encoded:
     """Encoder outputs with fewer tokens, the images one by one, and their full sizes."""
     family, method = runtime.family, runtime.method
     if isinstance(method, MustDrop):
@@ -130,7 +131,9 @@ def _compressed(runtime: Runtime, kwargs: dict[str, Any]) -> Encoded:
     new, entries, sizes = {}, {}, {}
     for modality, output in outputs.items():
         blocks = full_blocks[modality]
-        features = family.features(output)
+        features = family.features(runtime.model, output)
+        if family.images_are_runs:
+            features, blocks = _grouped(features, blocks, run_lengths(masks[modality]))
         entries[modality] = [_compress(runtime, f, b) for f, b in zip(features, blocks)]
         sizes[modality] = [sum(block.length + len(block.newlines) for block in image) for image in blocks]
         new[modality] = family.rebuilt(copy.copy(output), [e.features for e in entries[modality]])
@@ -141,7 +144,7 @@ def _compressed(runtime: Runtime, kwargs: dict[str, Any]) -> Encoded:
 def _quota(runtime: Runtime, block: Block) -> int:
     method = runtime.method
     assert isinstance(method, FeatureMethod)
-    return method.promise(method.count(block.length, runtime.host), block.grid, block.length)
+    return method.count(block.length, runtime.host)
 
 
 def _compress(runtime: Runtime, features: Tensor, blocks: Sequence[Block]) -> Entry:
@@ -155,20 +158,56 @@ def _compress(runtime: Runtime, features: Tensor, blocks: Sequence[Block]) -> En
         return entry(features, reduction)
     total = sum(block.length for block in blocks)
     left = method.count(total, runtime.host)
-    pieces: list[tuple[Tensor, Tensor]] = []
+    device = features.device
+    anchors: list[Tensor] = []
+    links = torch.full((len(features), 1), -1, device=device)
+    weights = torch.zeros(len(features), 1, device=device)
     for block in blocks:
-        share = max(1, round(left * block.length / total)) if total else 0
+        share = max(1, round(left * block.length / total))
         left, total = max(left - share, 0), total - block.length
-        columns = block.columns.to(features.device)
+        columns = block.columns.to(device)
         inside = method.compress(Signals(features=features[columns], grid=block.grid), share)
-        kept = columns[inside.index[0]]
-        pieces.append((inside.apply(features[columns].unsqueeze(0))[0], kept))
-        newlines = block.newlines_of(inside.index[0]).to(features.device)
-        pieces.append((features[newlines], newlines))
-    index = torch.cat([columns for _, columns in pieces])
-    order = index.argsort()
-    rows = torch.cat([rows for rows, _ in pieces])[order]
-    return entry(rows, Reduction(index[order].unsqueeze(0), torch.ones_like(index).unsqueeze(0), len(features)))
+        to, by = inside.as_links()
+        before = sum(map(len, anchors))
+        links[columns] = torch.where(to[0] >= 0, to[0] + before, -1).to(device)
+        weights[columns] = by[0].to(device)
+        newlines = block.newlines_of(inside.index[0].cpu()).to(device)
+        links[newlines, 0] = before + inside.index.shape[1] + torch.arange(len(newlines), device=device)
+        weights[newlines] = 1
+        anchors += [columns[inside.index[0].to(device)], newlines]
+    return _ordered(features, torch.cat(anchors), links, weights)
+
+
+def _ordered(features: Tensor, anchors: Tensor, links: Tensor, weights: Tensor) -> Entry:
+    """The outputs of all blocks in the order of their anchors."""
+    order = anchors.argsort()
+    rank = torch.empty_like(order).scatter(0, order, torch.arange(len(order), device=order.device))
+    links = torch.where(links >= 0, rank[links.clamp_min(0)], -1)
+    sizes = torch.zeros_like(order).scatter_add(0, links.clamp_min(0)[:, 0], (links[:, 0] >= 0).long())
+    reduction = Reduction(
+        anchors[order].unsqueeze(0), sizes.unsqueeze(0), len(features), links.unsqueeze(0), weights.unsqueeze(0)
+    )
+    return entry(reduction.apply(features.unsqueeze(0))[0], reduction)
+
+
+def _grouped(
+    features: list[Tensor], blocks: list[list[Block]], runs: list[int]
+) -> tuple[list[Tensor], list[list[Block]]]:
+    """Tiles of one picture (one run of placeholders) as one image of several blocks."""
+    whole, grids, at = [], [], 0
+    for run in runs:
+        parts: list[Tensor] = []
+        found: list[Block] = []
+        while sum(map(len, parts)) < run and at < len(features):
+            offset = sum(map(len, parts))
+            found += [
+                dataclasses.replace(b, columns=b.columns + offset, newlines=b.newlines + offset) for b in blocks[at]
+            ]
+            parts.append(features[at])
+            at += 1
+        whole.append(torch.cat(parts) if parts else features[0][:0])
+        grids.append(found)
+    return whole + features[at:], grids + blocks[at:]
 
 
 def _positions(

@@ -85,7 +85,7 @@ class Runtime:
         outputs = {k: v for k, v in outputs.items() if v is not None}
         if outputs:
             masks = self.family.find_placeholders(self.model, input_ids, kwargs.get("inputs_embeds"))
-            sizes = {k: [len(f) for f in self.family.features(v)] for k, v in outputs.items()}
+            sizes = {k: [len(f) for f in self.family.features(self.model, v)] for k, v in outputs.items()}
             masks = {k: m for k, m in masks.items() if k in sizes}
             self.prompt = find(masks, sizes, runs=self.family.images_are_runs)
         return (args, kwargs) if changed else None

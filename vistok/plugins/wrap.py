@@ -7,8 +7,11 @@ import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 if TYPE_CHECKING:
     from vistok.plugins.attach import Plugin
+    from vistok.plugins.packer import Packed
 
 
 class Wrapper:
@@ -72,3 +75,26 @@ def refuse_generation(plugin: Plugin, args: tuple[Any, ...], kwargs: dict[str, A
         raise ValueError(
             f"{plugin.name} evicts cache entries, which a {kind!r} cache does not allow. Remove cache_implementation."
         )
+
+
+def refuse_uneven(plugin: Plugin, packed: Packed, kwargs: dict[str, Any]) -> None:
+    """Refuse to repeat samples whose features had to go into one flat tensor.
+
+    Raises:
+        ValueError: Beams or several sequences for a batch of pictures with different numbers of tokens, on a host that
+            takes its features as one tensor.
+    """
+    config = kwargs.get("generation_config") or plugin.model.generation_config
+    repeats = 1
+    for name in ("num_beams", "num_return_sequences"):
+        repeats *= (kwargs[name] if kwargs.get(name) is not None else getattr(config, name, None)) or 1
+    if repeats == 1 or len(packed.index) == 1:
+        return
+    images = sum(map(len, packed.handover["before_sizes"]))
+    for output in packed.kwargs["mm_encoder_outputs"].values():
+        pooled = output.pooler_output
+        if isinstance(pooled, torch.Tensor) and len(pooled) == 1 < images:
+            raise ValueError(
+                "Beams and several returned sequences need pictures with equal numbers of tokens in a batch here. "
+                "Give the samples one by one."
+            )

@@ -147,14 +147,14 @@ class Family:
             outputs[modality] = encoder(**given, **extra, return_dict=True)
         return outputs
 
-    def features(self, output: Any) -> list[Tensor]:
+    def features(self, model: Any, output: Any) -> list[Tensor]:
         """Features of an encoder output, one (n, D) tensor per image."""
         pooled = output.pooler_output
         return list(pooled) if not isinstance(pooled, Tensor) or pooled.ndim == 3 else [pooled]
 
     def blocks(self, model: Any, output: Any, kwargs: dict[str, Any], modality: str) -> list[list[Block]]:
-        """Grids of every entry of `features(output)`; by default each is one square grid."""
-        return [[square(len(f))] for f in self.features(output)]
+        """Grids of every entry of `features(model, output)`; by default each is one square grid."""
+        return [[square(len(f))] for f in self.features(model, output)]
 
     def rebuilt(self, output: Any, features: list[Tensor]) -> Any:
         """An encoder output with other features, of the type the host expects."""

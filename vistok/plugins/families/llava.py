@@ -54,7 +54,7 @@ class Llava(Family):
                 output = self.encode(model, {**kwargs, "pixel_values": batch})["image"]
             assert work.class_row is not None
             must = method.key_set(work.class_row)
-            for i, found in enumerate(self.features(output)):
+            for i, found in enumerate(self.features(model, output)):
                 features.append(found)
                 entries.append(entry(found, _places(work.reduction, i, len(found), method), must[i]))
         sizes = [e.reduction.length for e in entries]

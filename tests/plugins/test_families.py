@@ -1,0 +1,150 @@
+"""Every family under one method per stage: identity, removal = masking, padded batches, traces."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+from tests.plugins import hosts, zoo
+from vistok.plugins.attach import attach
+
+NAMES = list(zoo.HOSTS)
+STAGES = {"prefill": ("fastv", {"layers": [1]}), "features": ("pool", {}), "decode": ("snapkv", {"window": 3})}
+RAGGED: list[tuple[int, zoo.Sample]] = [(1, [("image", 2)]), (2, [("image", 1), ("image", 3)]), (3, [])]
+
+
+@cache
+def host(name: str, attn: str = "sdpa") -> zoo.Host:
+    return zoo.HOSTS[name](attn)
+
+
+def samples(found: zoo.Host, name: str) -> list[tuple[int, zoo.Sample]]:
+    """A ragged batch, with a clip where the family knows clips."""
+    return [*RAGGED, (5, [("video", 2), ("image", 4)])] if found.video else RAGGED
+
+
+def logits_of(found: zoo.Host, inputs: dict[str, Any], **kwargs: Any) -> torch.Tensor:
+    return hosts.logits(hosts.generate(found.model, inputs, steps=3, **kwargs))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("name", NAMES)
+def test_keeping_all_is_the_untouched_model_bit_for_bit(name, stage):
+    found = host(name)
+    method, config = STAGES[stage]
+    inputs = found.prompt(samples(found, name))
+    plain = logits_of(found, inputs)
+    with attach(found.model, method, keep=1.0, **config):
+        assert torch.equal(logits_of(found, inputs), plain)
+        forward = found.model(**inputs).logits
+    assert torch.equal(found.model(**inputs).logits[:, -1], forward[:, -1])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("name", NAMES)
+def test_ragged_padded_batch_equals_single_samples(name, stage):
+    found = host(name)
+    method, config = STAGES[stage]
+    batch = samples(found, name)
+    with attach(found.model, method, keep=0.4, **config) as plugin:
+        together = logits_of(found, found.prompt(batch))
+        images = plugin.trace.image
+        for row, sample in enumerate(batch):
+            alone = logits_of(found, found.prompt([sample]))
+            torch.testing.assert_close(together[row], alone[0], atol=2e-5, rtol=0)
+            if sample[1]:
+                assert [layer[row] for layer in images] == [layer[0] for layer in plugin.trace.image]
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize(("method", "config"), [STAGES["prefill"], STAGES["decode"], ("fastv", {"layers": [3]})])
+@pytest.mark.parametrize("name", NAMES)
+def test_removing_equals_masking(name, method, config, attn):
+    found = host(name, attn)
+    inputs = found.prompt(samples(found, name))
+    with attach(found.model, method, keep=0.25, **config) as plugin:
+        out = hosts.generate(found.model, inputs, steps=3)
+        call = plugin.runtime.last
+    tokens = out.sequences[:, inputs["input_ids"].shape[1] :]
+    expected = hosts.emulate(found.model, inputs, call, tokens, found.family)
+    torch.testing.assert_close(hosts.logits(out), expected, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pooling_shortens_the_prompt_and_puts_it_back(name):
+    found = host(name)
+    inputs = found.prompt(samples(found, name))
+    with attach(found.model, "pool", keep=0.25) as plugin:
+        out = hosts.generate(found.model, inputs, steps=2)
+        trace = plugin.trace
+    assert torch.equal(out.sequences[:, : inputs["input_ids"].shape[1]], inputs["input_ids"])
+    for kept, row, left in zip(trace.kept, inputs["input_ids"], trace.image[0]):
+        assert len(kept) == left
+        assert set(row[kept].tolist()) <= {hosts.IMAGE, zoo.VIDEO}
+    assert trace.image[0][0] < sum(trace.images[0])
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_renumbering_three_dimensional_positions_is_refused(name):
+    with pytest.raises(ValueError, match="three-dimensional"):
+        attach(host(name).model, "pyramiddrop", reference=True)
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_downsample_recomputes_the_grid(name):
+    found = host(name)
+    inputs = found.prompt([(1, [("image", 1)])])
+    grids = []
+    hook = found.family.tower(found.model).register_forward_pre_hook(
+        lambda module, args, kwargs: grids.append(kwargs["grid_thw"].tolist()), with_kwargs=True
+    )
+    with hook, attach(found.model, "downsample", keep=0.25) as plugin:
+        found.model.generate(**inputs, max_new_tokens=2, do_sample=False)
+        assert plugin.trace.images == [[12]]
+        assert plugin.trace.image[0] == [2]
+    assert grids == [[[1, 4, 2]]]
+
+
+def test_resizing_to_the_same_grid_gives_the_same_patches():
+    found = host("qwen2_vl")
+    patches = hosts.picture(32, 3 * 2 * 14 * 14, seed=1)
+    pictures = found.family._resize(found.model, patches, [1, 8, 4], (8 // 2, 4 // 2))[0]
+    assert torch.equal(pictures, patches)
+
+
+def test_resized_patches_are_those_of_the_resized_picture():
+    from torch.nn import functional as F
+
+    found = host("qwen2_vl")
+    image = hosts.picture(1, 3, 112, 56, seed=3)
+
+    def patchify(x: torch.Tensor) -> torch.Tensor:
+        h, w = x.shape[-2] // 14, x.shape[-1] // 14
+        cells = x[0].view(3, h // 2, 2, 14, w // 2, 2, 14).permute(1, 4, 2, 5, 0, 3, 6)  # (h/2, w/2, 2, 2, C, p, p)
+        return cells.unsqueeze(5).expand(*cells.shape[:5], 2, 14, 14).reshape(h * w, -1)
+
+    small, grid = found.family._resize(found.model, patchify(image), [1, 8, 4], (2, 1))
+    assert grid == [1, 4, 2]
+    expected = patchify(F.interpolate(image, (56, 28), mode="bicubic", antialias=True))
+    torch.testing.assert_close(small, expected, atol=1e-6, rtol=0)
+
+
+def test_a_picture_of_several_tiles_is_one_image():
+    found = host("internvl")
+    with attach(found.model, "fastv", keep=3, layers=[1]) as plugin:
+        hosts.generate(found.model, found.prompt([(1, [("image", 2), ("image", 1)])]), steps=1)
+        assert plugin.trace.images == [[12, 8]]
+        assert plugin.trace.image[-1] == [6]
+
+
+@pytest.mark.parametrize("name", ["llava_next", "internvl", "smolvlm"])
+def test_what_a_family_cannot_do_is_said(name):
+    found = host(name)
+    inputs = found.prompt([(1, [("image", 2)])])
+    with attach(found.model, "downsample", keep=2), pytest.raises(TypeError, match="Use pool"):
+        hosts.generate(found.model, inputs)
+    with attach(found.model, "mustdrop"), pytest.raises(TypeError, match="merge=False"):
+        hosts.generate(found.model, inputs)
