@@ -109,6 +109,11 @@ def test_import_vistok_imports_nothing_foreign() -> None:
     assert foreign <= {"__editable___vistok_0_1_0_finder"}
 
 
+def test_a_quantizer_costs_no_compiler() -> None:
+    code = "import sys, torch, vistok; vistok.create('quantizer', 'vq', codebook_size=8, dim=4)(torch.randn(1, 2, 4))"
+    subprocess.run([sys.executable, "-c", f"{code}; assert 'torch._dynamo' not in sys.modules"], check=True)
+
+
 def test_filling_the_registry_imports_no_large_library() -> None:
     large = {"timm", "diffusers", "open_clip", "transformers", "torchvision", "matplotlib", "accelerate", "PIL"}
     assert after("import vistok; vistok.list()") & large == set()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections import deque
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +15,20 @@ from vistok.distributed import all_stack, all_sum, world_size
 
 LARGEST_TABLE = 2**22
 """Vocabularies above this are counted by sorting the window, not by a table of all ids."""
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def _outside_graphs(function: Function) -> Function:
+    """`torch.compiler.disable`, applied only while something is compiled: it imports a compiler that takes seconds."""
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(function)(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return wrapped  # type: ignore[return-value]
 
 
 class UsageTracker:
@@ -53,7 +70,7 @@ class UsageTracker:
         self._last: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @_outside_graphs
     def update(self, ids: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
         """Enter the ids of one training forward.
 
