@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import pickle
+import random
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -207,6 +209,20 @@ def test_damaged_weights_are_one_clear_error(tmp_path, name):
     (tmp_path / name).write_bytes(b"not a checkpoint at all")
     with pytest.raises(UnreadableError, match="cannot be read"):
         assets.read(tmp_path / name)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize("seed", range(3))
+def test_flipped_bytes_and_cuts_are_one_clear_error_or_harmless(tmp_path, zipped, seed):
+    torch.save({"state_dict": {"w": torch.ones(3)}}, tmp_path / "x.pt", _use_new_zipfile_serialization=zipped)
+    whole, draw = (tmp_path / "x.pt").read_bytes(), random.Random(seed)
+    for _ in range(40):
+        data = bytearray(whole[: draw.randrange(1, len(whole))] if draw.random() < 0.3 else whole)
+        for _ in range(draw.randrange(1, 6)):
+            data[draw.randrange(len(data))] = draw.randrange(256)
+        (tmp_path / "bad.pt").write_bytes(data)
+        with contextlib.suppress(UnreadableError):
+            assets.read_tensors(tmp_path / "bad.pt")
 
 
 def test_several_tables_need_a_key(tmp_path):

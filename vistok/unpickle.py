@@ -124,17 +124,23 @@ def unpickle(path: str | Path) -> Any:
         UnreadableError: Not a file of `torch.save`, a TorchScript program, or damaged.
     """
     path = Path(path)
-    _refuse_programs(path)
+    if not path.is_file():
+        raise UnreadableError(f"There is no file {path}.")
     shim = types.SimpleNamespace(Unpickler=_InertUnpickler, load=_inert_load, __name__="vistok.assets")
     try:
+        _refuse_programs(path)
         return torch.load(path, map_location="cpu", pickle_module=shim, weights_only=False)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError, AttributeError) as err:
-        raise UnreadableError(f"{path} cannot be read as a checkpoint of torch.save: {err}") from err
+    except UnreadableError:
+        raise
+    except Exception as err:  # damaged archives and pickles make their readers raise nearly anything
+        raise UnreadableError(f"{path} cannot be read as a checkpoint of torch.save: {_reason(err)}") from err
+
+
+def _reason(err: Exception) -> str:
+    return str(err) or type(err).__name__
 
 
 def _refuse_programs(path: Path) -> None:
-    if not path.is_file():
-        raise UnreadableError(f"There is no file {path}.")
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as file:
             names = file.namelist()
@@ -157,8 +163,8 @@ def read_numpy_pickle(path: str | Path) -> dict[str, Any]:
     try:
         with open(path, "rb") as file:
             return _NumpyUnpickler(file).load()
-    except (pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError, AttributeError, IndexError) as err:
-        raise UnreadableError(f"{path} cannot be read as a table of NumPy arrays: {err}") from err
+    except Exception as err:  # as above
+        raise UnreadableError(f"{path} cannot be read as a table of NumPy arrays: {_reason(err)}") from err
 
 
 class _NumpyUnpickler(pickle.Unpickler):
