@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from pathlib import Path
@@ -224,6 +225,42 @@ def test_a_half_precision_copy_keeps_the_model_id(tokenizer: Any, tmp_path: Path
     before = tokenizer.model_id
     tokenizer.half().save_pretrained(tmp_path)
     assert vistok.load(tmp_path).model_id == before
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_the_weights_keeps_the_model_id(tokenizer: Any, dtype: torch.dtype) -> None:
+    rounded = copy.deepcopy(tokenizer).to(dtype)  # before anybody asked for the id
+    assert rounded.model_id == tokenizer.model_id
+
+
+def test_the_model_id_follows_weights_that_change_in_training(tokenizer: Any) -> None:
+    before = tokenizer.train().model_id
+    with torch.no_grad():
+        tokenizer.encoder.head.weight.add_(1)
+    assert tokenizer.model_id != before
+
+
+def test_preprocessing_of_another_size_than_the_model_is_refused(tokenizer: Any, tmp_path: Path) -> None:
+    folder = broken(tokenizer.save_pretrained(tmp_path), preprocess={"size": [32, 32]})
+    with pytest.raises(hub.LoadError, match=r"gives pictures of \(32, 32\) .* is for \(64, 64\)"):
+        vistok.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"encoder": {"width": 64, "depth": 2, "heads": 0}}, "cannot be split into 0 heads"),
+        ({"encoder": {"width": -64, "depth": 2, "heads": 2}}, "negative dimension"),
+        ({"patch_size": 0}, "not a multiple of the patch size 0"),
+        ({"num_tokens": 10**13}, "does not fit this vistok"),
+    ],
+)
+def test_sizes_that_cannot_be_built_are_said(
+    tokenizer: Any, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    folder = broken(tokenizer.save_pretrained(tmp_path), config={**tokenizer.config, **changes})
+    with pytest.raises(hub.LoadError, match=message):
+        vistok.load(folder)
 
 
 def test_a_model_loaded_in_half_precision_keeps_the_model_id(tokenizer: Any, tmp_path: Path) -> None:

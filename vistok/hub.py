@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from vistok.config import ConfigError, create, plain
+from vistok.config import create, plain
 from vistok.registry import nearest
 
 CONFIG = "config.json"
@@ -117,15 +117,22 @@ def build_saved(config: Mapping[str, Any], tensors: Mapping[str, Tensor], source
     kind, name, arguments = (config.get(key) for key in ("kind", "name", "config"))
     if not isinstance(kind, str) or not isinstance(name, str) or not isinstance(arguments, Mapping):
         raise LoadError(f"{source}/{CONFIG} does not describe a vistok module: it needs kind, name and config.")
-    try:
-        module: Any = create(kind, name, **arguments)
-    except (KeyError, ConfigError) as err:
-        raise LoadError(f"{source}/{CONFIG} does not fit this vistok: {err.args[0]}") from err
+    module = create_saved(kind, name, arguments, f"{source}/{CONFIG}")
     if not isinstance(module, Saveable) or not isinstance(module, nn.Module):
         raise LoadError(f"{source}/{CONFIG} names the {kind} {name!r}, which is not kept in folders.")
     load_strictly(module, tensors, source)
     module.restore_extra(config)
     return module
+
+
+def create_saved(kind: str, name: str, arguments: Mapping[str, Any], source: str) -> Any:
+    """`create` for a configuration that somebody else wrote: whatever is wrong with it is a `LoadError`."""
+    try:
+        return create(kind, name, **arguments)
+    except (KeyError, ValueError, TypeError, ArithmeticError, RuntimeError, MemoryError) as err:
+        # ours first; the rest is what torch says to negative or enormous sizes
+        why = " ".join(str(err.args[0] if err.args else type(err).__name__).split())
+        raise LoadError(f"{source} does not fit this vistok: {why}") from err
 
 
 def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
@@ -239,7 +246,15 @@ def model_id(tensors: Mapping[str, Tensor]) -> str:
 
 def write_atomic(path: str | Path, data: bytes) -> None:
     """Write a file so that a crash leaves either the old or the new content, never half of it."""
-    path = Path(path)
+    try:
+        _write_and_replace(Path(path), data)
+    except OSError as err:
+        if err.errno and not err.filename:  # a full disk: the system names no file
+            err.filename = str(path)
+        raise
+
+
+def _write_and_replace(path: Path, data: bytes) -> None:
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
         try:
             file.write(data)

@@ -13,6 +13,8 @@ import vistok
 from tests.conftest import PHOTOS
 from tests.fill import fill, image
 from vistok.hub import LoadError, count_parameters, on_meta
+from vistok.image import Preprocess
+from vistok.tokenizers.official import titok as layout
 from vistok.tokens import Tokens
 
 
@@ -290,6 +292,90 @@ def test_continuous_latents_have_no_ids_and_decode_from_codes():
     assert tok.decode(Tokens(ids=None, codes=tokens.codes)).shape == (1, 3, 64, 64)
     with pytest.raises(ValueError, match="no ids"):
         tok.decode(torch.zeros(1, 16, dtype=torch.int64))
+
+
+def test_continuous_latents_are_drawn_on_request():
+    tok = vistok.create("tokenizer", "titok_tiny", quantizer={"name": "gaussian", "dim": 8}).eval()
+    picture = image(1, 64)
+    assert torch.equal(tok.encode(picture).codes, tok.encode(picture).codes)
+    torch.manual_seed(0)
+    drawn = tok.encode(picture, sample=True).codes
+    torch.manual_seed(0)
+    with torch.no_grad():
+        assert torch.equal(drawn, tok.quantizer.draw(tok.encode_features(picture)))
+
+
+def test_continuous_latents_are_the_mean_in_training_mode_too():
+    tok = vistok.create("tokenizer", "titok_tiny", quantizer={"name": "gaussian", "dim": 8}).train()
+    picture = image(1, 64)
+    assert torch.equal(tok.encode(picture).codes, tok.encode(picture).codes)
+
+
+def test_ids_cannot_be_drawn():
+    with pytest.raises(ValueError, match="no option 'sample'"):
+        vistok.create("tokenizer", "titok_tiny").eval().encode(image(1, 64), sample=True)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ([1, 2], TypeError, "Tokens or a tensor of ids, got list"),
+        (Tokens(ids=None, codes=torch.zeros(1, 16, 3)), ValueError, "codes of 8 channels, got 3"),
+    ],
+)
+def test_what_cannot_be_decoded_is_said(given, error, message):
+    with pytest.raises(error, match=message):
+        vistok.create("tokenizer", "titok_tiny").eval().decode(given)
+
+
+def test_convolutional_models_take_another_size():
+    tok = vistok.create("tokenizer", "maskgit_vqgan_tiny").eval()
+    other, picture = tok.resized((32, 64)), image(1, 64)[..., :32, :]
+    assert other.encode(picture).grid == (2, 4)
+    with torch.no_grad():
+        assert torch.equal(other.encode(picture).ids, tok.tokenize(picture)[0].ids)
+
+
+def test_another_size_keeps_precision_and_preprocessing():
+    tok = vistok.create("tokenizer", "titok_tiny").eval().to(torch.bfloat16)
+    tok.preprocess = Preprocess(size=(64, 64), crop="squash")
+    other = tok.resized((32, 64))
+    assert other.preprocess == Preprocess(size=(32, 64), crop="squash")
+    assert other.decoder.position.dtype == torch.bfloat16
+
+
+@pytest.mark.parity
+def test_single_weight_file_is_the_same_model_as_the_folder(official, tmp_path):
+    ref, folder = official("titok_vae")
+    torch.save(ref.state_dict(), tmp_path / "tokenizer.bin")
+    file = vistok.load(tmp_path / "tokenizer.bin")
+    assert file.config == folder.config
+    assert file.model_id == folder.model_id
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", ["titok_s128", "titok_vae", "titok_vq8k"])
+def test_single_weight_file_has_the_published_configuration(golden, name):
+    ref = golden(name)
+    tensors = {k: torch.empty(tuple(s), device="meta") for k, s in ref.meta["state_dict"]}
+    assert layout.recognises({}, tensors)
+    assert layout.convert({}, tensors)[:2] == layout.convert(ref.meta["config"], tensors)[:2]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model": "x"}, "in no format vistok knows"),
+        ({"model": None}, "in no format vistok knows"),
+        ({"model": {"vq_model": {"num_latent_tokens": 4}}}, "looks like TiTok .* incomplete or altered: KeyError"),
+    ],
+)
+def test_altered_official_checkpoint_is_one_clear_error(tmp_path, config, message):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tensors = {"latent_tokens": torch.zeros(4, 8), "encoder.conv_out.weight": torch.zeros(4, 8, 1, 1)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(LoadError, match=message):
+        vistok.load(tmp_path)
 
 
 def test_checkpoint_of_another_shape_lists_what_does_not_fit(tmp_path):

@@ -18,7 +18,7 @@ class Attention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, *, bias: bool = True) -> None:
         super().__init__()
-        if dim % num_heads:
+        if num_heads < 1 or dim % num_heads:
             raise ValueError(f"A width of {dim} cannot be split into {num_heads} heads of equal size.")
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=bias)

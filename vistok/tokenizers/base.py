@@ -46,7 +46,7 @@ class Tokenizer(hub.Saveable, nn.Module):
         nested: Whether any prefix of the tokens is a valid shorter code.
         uses_text: Whether decoding is conditioned on captions.
         options: Names of the optional arguments of `encode`/`decode` that this tokenizer understands, out of
-            `text`, `sample`, `size`, `generator`, `steps`, `guidance`.
+            `text`, `size`, `generator`, `steps`, `guidance`. `sample` is understood by all with continuous latents.
         decoder_parts: Names of submodules and parameters that only decoding uses; the model id leaves them out.
         preprocess: How pictures become its input.
         quantizer: The quantizer.
@@ -167,11 +167,17 @@ class Tokenizer(hub.Saveable, nn.Module):
 
     @property
     def model_id(self) -> str:
-        """8 hex digits that name the encoder-to-ids weights; computed once, stored in `config.json`."""
-        if self._model_id is None:
-            inside = {k: v for k, v in self.state_dict().items() if k.split(".")[0] not in self.decoder_parts}
-            self._model_id = hub.model_id(inside)
-        return self._model_id
+        """8 hex digits that name the encoder-to-ids weights; computed once (in evaluation mode), kept in `config.json`.
+
+        Rounding the weights of a model in evaluation mode (`half()`, `to(torch.bfloat16)`) does not change it.
+        """
+        if self._model_id is not None:
+            return self._model_id
+        inside = {k: v for k, v in self.state_dict().items() if k.split(".")[0] not in self.decoder_parts}
+        found = hub.model_id(inside)
+        if not self.training:  # in training the weights go on changing
+            self._model_id = found
+        return found
 
     @model_id.setter
     def model_id(self, value: str) -> None:
@@ -184,7 +190,13 @@ class Tokenizer(hub.Saveable, nn.Module):
     def restore_extra(self, saved: Mapping[str, Any]) -> None:
         """Take up the stored preprocessing and model id."""
         if "preprocess" in saved:
-            self.preprocess = check_value(saved["preprocess"], Preprocess, "preprocess")
+            found = check_value(saved["preprocess"], Preprocess, "preprocess")
+            if found.size != self.preprocess.size:
+                raise hub.LoadError(
+                    f"The stored preprocessing gives pictures of {found.size} (H, W), but the model's configuration is "
+                    f"for {self.preprocess.size}. Make them agree in config.json."
+                )
+            self.preprocess = found
         if "model_id" in saved:
             self.model_id = check_value(saved["model_id"], str, "model_id")
 
@@ -193,25 +205,70 @@ class Tokenizer(hub.Saveable, nn.Module):
         self._model_id = None
         return super().load_state_dict(*args, **kwargs)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """What `to`, `half` and the like go through: the float32 weights give the name, before they are rounded."""
+        first = next(self.parameters(), None)
+        exact = first is not None and first.dtype == torch.float32 and not self.training and not first.is_meta
+        if exact and fn(first.detach().new_empty(0)).dtype != torch.float32:
+            _ = self.model_id
+        return super()._apply(fn, recurse)
+
+    def resized(self, size: tuple[int, int]) -> Tokenizer:
+        """The same weights for pictures of another size.
+
+        Args:
+            size: (H, W) in pixels. Quality at sizes never trained is not guaranteed.
+
+        Returns:
+            A new tokenizer on the same device and of the same precision; this one is unchanged.
+
+        Raises:
+            ValueError: A size the model cannot take, or a model of one size only.
+        """
+        if "image_size" not in self.config:
+            raise ValueError(f"{self.registry_name} takes pictures of one size only.")
+        other = type(self)(**{**self.config, "image_size": tuple(size)})
+        hub.load_strictly(other, self._resized_state(other), f"{self.registry_name} at {size[0]}x{size[1]}")
+        other.preprocess = dataclasses.replace(self.preprocess, size=other.preprocess.size)
+        return other.to(self.device, next(self.parameters()).dtype).train(self.training)
+
+    def _resized_state(self, other: Any) -> dict[str, Tensor]:
+        """This model's state dict for `other`, which has another picture size; position tables are interpolated."""
+        return self.state_dict()
+
     def train(self, mode: bool = True) -> Tokenizer:
         """Switch to training; forgets the model id, since weights are about to change."""
         if mode:
             self._model_id = None
         return super().train(mode)
 
-    def tokens_to_codes(self, tokens: Tokens | Tensor) -> Tensor:
-        """Checked tokens or ids -> codes (B, N, D)."""
-        if isinstance(tokens, Tensor):
-            self._check_ids(tokens)
-            tokens = Tokens(ids=tokens.to(torch.int64), vocab=self.quantizer.vocab_sizes, grid=self.grid)
-        elif tokens.ids is not None:
+    def check_tokens(self, tokens: Tokens) -> None:
+        """Refuse tokens that this model cannot decode.
+
+        Raises:
+            ValueError: Another vocabulary, ids outside it, codes of another width, or the wrong number of tokens.
+        """
+        if tokens.ids is not None:
             self._check_ids(tokens.ids)
             if tokens.vocab and tokens.vocab != self.quantizer.vocab_sizes:
                 raise ValueError(
                     f"{self.registry_name} has a vocabulary of {self.quantizer.vocab_sizes} and got tokens of another "
                     f"model, with {tokens.vocab}."
                 )
+        elif tokens.codes is not None and tokens.codes.shape[-1] != self.quantizer.dim:
+            raise ValueError(
+                f"{self.registry_name} decodes codes of {self.quantizer.dim} channels, got {tokens.codes.shape[-1]}."
+            )
         self._check_length(tokens)
+
+    def tokens_to_codes(self, tokens: Tokens | Tensor) -> Tensor:
+        """Checked tokens or ids -> codes (B, N, D)."""
+        if isinstance(tokens, Tensor):
+            self._check_ids(tokens)
+            tokens = Tokens(ids=tokens.to(torch.int64), vocab=self.quantizer.vocab_sizes, grid=self.grid)
+        elif not isinstance(tokens, Tokens):
+            raise TypeError(f"Decode takes Tokens or a tensor of ids, got {type(tokens).__name__}.")
+        self.check_tokens(tokens)
         tokens = tokens.to(self.device)
         if tokens.ids is None:
             assert tokens.codes is not None
@@ -219,7 +276,16 @@ class Tokenizer(hub.Saveable, nn.Module):
         return self.quantizer.ids_to_codes(tokens.ids, grid=tokens.grid)  # type: ignore[arg-type]
 
     def _encode(self, batch: Tensor, *, sample: bool) -> Tokens:
+        if not self.quantizer.vocab_sizes:
+            return self._encode_continuous(batch, sample=sample)
         return self.tokenize(batch)[0]
+
+    def _encode_continuous(self, batch: Tensor, *, sample: bool) -> Tokens:
+        size = (batch.shape[-2], batch.shape[-1])
+        features = self.encode_features(batch)
+        latent: Any = self.quantizer  # continuous quantizers have both, whatever the mode
+        codes = latent.draw(features) if sample else latent.mode(features)
+        return Tokens(ids=None, codes=codes, grid=self.grid_for(size), size=size)
 
     @staticmethod
     def _grid_option(grid: tuple[int, ...] | None) -> dict[str, Any]:
@@ -266,6 +332,8 @@ class Tokenizer(hub.Saveable, nn.Module):
 
     def _refuse(self, **given: Any) -> None:
         for name, value in given.items():
+            if name == "sample" and not self.quantizer.vocab_sizes:
+                continue
             if value is not None and name not in self.options:
                 has = ", ".join(sorted(self.options)) or "no options"
                 raise ValueError(f"{self.registry_name} has no option {name!r}; it has {has}.")

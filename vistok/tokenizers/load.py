@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from vistok import hub
-from vistok.config import create
 from vistok.registry import list_names, nearest, registry
 from vistok.tokenizers.base import Tokenizer
 from vistok.tokenizers.official import FORMATS
@@ -30,7 +29,7 @@ def load(
         source: A preset with weights (`vistok.list("tokenizer", pretrained=True)`), a folder, or `hf-hub:org/name`.
             A single weight file of an official project works too. Folders in vistok's own format and in the official
             ones are recognised by their configuration and keys.
-        image_size: (H, W) to interpolate position tables to; the trained size if None.
+        image_size: (H, W) for pictures of another size (position tables are interpolated); the trained size if None.
         device: Where to put it.
         dtype: Precision of the weights; ids are computed in float32 from the quantizer's projection on.
 
@@ -44,9 +43,7 @@ def load(
     tokenizer = _load(source)
     if image_size is not None:
         tokenizer = tokenizer.resized(image_size)
-    if dtype != torch.float32:
-        _ = tokenizer.model_id  # the float32 weights give the name, before they are rounded
-    return tokenizer.to(device=device, dtype=dtype).eval()
+    return tokenizer.eval().to(device=device, dtype=dtype)
 
 
 def _load(source: str | Path) -> Tokenizer:
@@ -87,8 +84,13 @@ def _from_official(config: Mapping[str, Any], tensors: Mapping[str, Tensor], sou
     registry("tokenizer").fill()
     for layout in FORMATS:
         if layout.recognises(config, tensors):
-            name, ours, renamed = layout.convert(config, tensors)
-            found = create("tokenizer", name, **ours)
+            try:
+                name, ours, renamed = layout.convert(config, tensors)
+            except (KeyError, IndexError, TypeError, AttributeError) as err:  # configuration and tensors disagree
+                raise hub.LoadError(
+                    f"{source} looks like {layout.name}, but is incomplete or altered: {type(err).__name__}: {err}."
+                ) from err
+            found = hub.create_saved("tokenizer", name, ours, source)
             hub.load_strictly(found, renamed, source)
             return found
     known = "; ".join(f.name for f in FORMATS)

@@ -163,7 +163,7 @@ class _TiTokBase(Tokenizer):
         legacy: bool,
     ) -> Size:
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-        if height % patch_size or width % patch_size:
+        if patch_size < 1 or height % patch_size or width % patch_size:
             raise ValueError(f"image_size {height}x{width} is not a multiple of the patch size {patch_size}.")
         if num_tokens < 1:
             raise ValueError(f"num_tokens is at least 1, got {num_tokens}.")
@@ -185,22 +185,12 @@ class _TiTokBase(Tokenizer):
         """Pictures in [0, 1], (B, 3, H, W) -> (B, K, quantizer.in_dim), float32."""
         return self.encoder(images)
 
-    def resized(self, size: tuple[int, int]) -> Tokenizer:
-        """The same weights for pictures of another size: position tables interpolated bicubically.
-
-        Args:
-            size: (H, W), multiples of the patch size. Quality at sizes never trained is not guaranteed.
-
-        Returns:
-            A new tokenizer; this one is unchanged.
-        """
-        other = type(self)(**{**self.config, "image_size": tuple(size)})
+    def _resized_state(self, other: Any) -> dict[str, Tensor]:
         state = self.state_dict()
         for part in ("encoder", "decoder"):
             key = f"{part}.position"
             state[key] = resize_table(state[key], self.decoder.grid, other.decoder.grid, prefix=1)
-        other.load_state_dict(state)
-        return other.train(self.training)
+        return state
 
 
 @register("tokenizer", "titok")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,15 +35,44 @@ PIXEL_HEAD: Rules = ((r"^decoder\.ffn\.0\.", "head.to_patch."), (r"^decoder\.con
 MASKGIT_RULES: Rules = ((r"^quantize\.", "quantizer."),)
 
 
-def _model(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    inner = config.get("config", config)
-    found = inner.get("model", {}).get("vq_model", {}) if isinstance(inner, Mapping) else {}
+def _section(config: Mapping[str, Any], *path: str) -> Mapping[str, Any]:
+    """A section of the nested configuration, empty if there is none."""
+    found: Any = config.get("config", config)
+    for key in path:
+        found = found.get(key) if isinstance(found, Mapping) else None
     return found if isinstance(found, Mapping) else {}
 
 
+def _model(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Mapping[str, Any]:
+    """The model's section; what all published weights of that kind have in common for a file without a configuration.
+
+    The two-stage models have the legacy layout and an l2-normalised codebook, the single-stage ones neither.
+    """
+    if config:
+        return _section(config, "model", "vq_model")
+    two_stage, continuous = "decoder.ffn.2.weight" in tensors, "quantize.embedding.weight" not in tensors
+    width = tensors["encoder.conv_out.weight"].shape[0]
+    return {
+        "num_latent_tokens": tensors["latent_tokens"].shape[0],
+        "is_legacy": two_stage,
+        "use_l2_norm": two_stage,
+        "quantize_mode": "vae" if continuous else "vq",
+        "token_size": width // 2 if continuous else width,
+    }
+
+
+def _image_size(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> int:
+    if config:
+        return int(_section(config, "dataset", "preprocessing").get("crop_size", 256))
+    patches = tensors["encoder.positional_embedding"].shape[0] - 1
+    return math.isqrt(patches) * tensors["encoder.patch_embed.weight"].shape[-1]
+
+
 def recognises(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bool:
-    """A nested configuration with `model.vq_model` and a table of latent tokens."""
-    return "latent_tokens" in tensors and "num_latent_tokens" in _model(config)
+    """Latent tokens beside an encoder; in a folder also a nested configuration with `model.vq_model`."""
+    if not {"latent_tokens", "encoder.conv_out.weight"} <= set(tensors):
+        return False
+    return not config or "num_latent_tokens" in _model(config, tensors)
 
 
 def convert(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Converted:
@@ -51,7 +81,7 @@ def convert(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Convert
     Raises:
         LoadError: A stage-1 checkpoint, which has no pixel decoder, or a text-aware one.
     """
-    model = _model(config)
+    model = _model(config, tensors)
     if "decoder.text_guidance_proj.weight" in tensors:
         raise LoadError("This is a text-aware TiTok (TA-TiTok) checkpoint, which this version of vistok does not load.")
     two_stage = "decoder.ffn.2.weight" in tensors
@@ -60,10 +90,8 @@ def convert(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Convert
             "This is a stage-1 TiTok checkpoint without a pixel decoder. Load a stage-2 one (it has pixel_decoder.*)."
         )
     patch = tensors["encoder.patch_embed.weight"].shape[-1]
-    inner = config.get("config", config)
-    size = inner.get("dataset", {}).get("preprocessing", {}).get("crop_size", 256)
     ours: dict[str, Any] = {
-        "image_size": int(size),
+        "image_size": _image_size(config, tensors),
         "num_tokens": tensors["latent_tokens"].shape[0],
         "encoder": _size(tensors, "encoder"),
         "decoder": _size(tensors, "decoder"),
