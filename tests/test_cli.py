@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -18,8 +20,10 @@ import torch
 from PIL import Image
 
 import vistok
+from vistok import tokens as container
 from vistok.cli import run
 from vistok.cli.errors import is_users, message
+from vistok.registry import preset
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -133,6 +137,49 @@ def test_a_container_of_another_model_is_one_line(capsys: Any, model: str, pictu
     other = vistok.create("tokenizer", "titok_tiny").save_pretrained(tmp_path / "other")
     line = failed(capsys, "decode", other, tmp_path / "cat.vtok", "--out", tmp_path / "back")
     assert re.search(r"cat.vtok: Model [0-9a-f]{8} wrote this .vtok file; the one given is [0-9a-f]{8}", line)
+
+
+def test_a_container_with_too_few_tokens_is_named_and_the_others_are_done(
+    capsys: Any, model: str, pictures: Path, tmp_path: Path
+) -> None:
+    tokenizer = vistok.load(model)
+    tokens = tokenizer.encode(pictures / "cat.jpg")
+    container.save(tokens[:, :3], tmp_path / "few.vtok", tokenizer.model_id)
+    container.save(tokens, tmp_path / "whole.vtok", tokenizer.model_id)
+    line = failed(capsys, "decode", model, tmp_path, "--out", tmp_path / "back")
+    assert "few.vtok: titok decodes exactly 16 tokens per picture and got 3" in line
+    assert (tmp_path / "back" / "whole.png").exists()
+
+
+def test_containers_with_and_without_captions_are_decoded_together(
+    capsys: Any, model: str, pictures: Path, tmp_path: Path
+) -> None:
+    tokenizer = vistok.load(model)
+    tokens = tokenizer.encode(pictures / "cat.jpg")
+    container.save(tokens, tmp_path / "plain.vtok", tokenizer.model_id)
+    container.save(dataclasses.replace(tokens, text=("a cat",)), tmp_path / "text.vtok", tokenizer.model_id)
+    ran(capsys, "decode", model, tmp_path, "--out", tmp_path / "back")
+    assert (tmp_path / "back" / "plain.png").read_bytes() == (tmp_path / "back" / "text.png").read_bytes()
+
+
+@pytest.mark.parametrize("command", ["encode", "reconstruct"])
+def test_a_full_disk_is_one_line_and_leaves_no_half_file(
+    capsys: Any, model: str, pictures: Path, tmp_path: Path, command: str
+) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        line = failed(capsys, command, model, pictures, "--out", tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert re.fullmatch(r"Error: .*/out/cat\.\w+: File too large", line)
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+
+
+def test_a_picture_cannot_take_the_place_of_the_comparison(capsys: Any, model: str, tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "comparison.jpg")
+    line = failed(capsys, "reconstruct", model, tmp_path, "--out", tmp_path / "out")
+    assert "comparison.jpg and the comparison would both become" in line
 
 
 def test_results_are_not_replaced_unless_asked(capsys: Any, model: str, pictures: Path, tmp_path: Path) -> None:
@@ -313,7 +360,9 @@ def test_info_of_a_builder_shows_its_arguments(capsys: Any) -> None:
         (["encode", "titok_tny", "{pictures}", "--out", "{out}"], "no preset with weights, no folder and no file"),
         (["encode", "hf-hub:org/none", "{pictures}", "--out", "{out}"], "could not be fetched from the hub"),
         (["encode", "{model}", "{pictures}", "--out", "{out}", "--tokens", "4"], "always makes 16 tokens"),
-        (["encode", "{model}", "{pictures}", "--out", "{out}", "--device", "toaster"], "'toaster' is none. Try cpu"),
+        (["encode", "{model}", "{pictures}", "--out", "{out}", "--device", "toaster"], "'toaster' cannot be used"),
+        (["encode", "{model}", "{pictures}", "--out", "{out}", "--device", "meta"], "'meta' cannot be used"),
+        (["encode", "{model}", "{pictures}", "--out", "{out}", "--device", "cuda:99"], "'cuda:99' cannot be used"),
         (["reconstruct", "{model}", "{pictures}", "--out", "{out}", "--tokens", "a"], "integers separated by commas"),
         (["decode", "{model}", "{pictures}", "--out", "{out}"], "There are no .vtok files in"),
         (["eval", "{model}", "--data", "{pictures}", "--out", "{out}", "--metrics", "psn"], "Did you mean 'psnr'"),
@@ -328,6 +377,26 @@ def test_an_error_of_the_user_is_one_line(
     line = failed(capsys, *words)
     assert line.startswith("Error: ")
     assert expected in line
+
+
+def test_a_missing_recipe_in_an_empty_folder_lists_nothing(capsys: Any, tmp_path: Path) -> None:
+    line = failed(capsys, "train", tmp_path / "a.yaml")
+    assert line == f"Error: There is no recipe {str(tmp_path / 'a.yaml')!r}."
+
+
+def test_a_group_without_a_command_prints_its_help_alone(capsys: Any) -> None:
+    assert run(["bench"]) == 2
+    output = capsys.readouterr()
+    assert "tokenizer" in output.out
+    assert output.err == ""
+
+
+def test_a_preset_that_cannot_be_built_does_not_take_the_list_down(capsys: Any, scratch_registry: None) -> None:
+    preset("tokenizer", "titok_wrong", builder="titok", config={"no_such_key": 1})
+    assert run(["list", "tokenizer", "titok_*"]) == 0
+    output = capsys.readouterr()
+    assert "titok_tiny" in output.out
+    assert "'titok_wrong' cannot be built: no_such_key" in output.err
 
 
 def test_debug_shows_the_traceback_as_well(capsys: Any) -> None:

@@ -208,7 +208,8 @@ def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
 
     path = Path(path)
     if not path.is_file():
-        near = nearest(path.name, (p.name for p in path.parent.glob("*.yaml"))) if path.parent.is_dir() else ""
+        beside = [p.name for p in path.parent.glob("*.yaml")]
+        near = nearest(path.name, beside) if beside else ""
         raise ConfigError(f"There is no recipe {str(path)!r}. {near}".rstrip())
     try:
         config = OmegaConf.load(path)

@@ -84,7 +84,8 @@ def run(arguments: Sequence[str]) -> int:
         errors.say("Interrupted.")
         return INTERRUPTED
     except UsageError as err:
-        errors.say(_usage(err))
+        if said := _usage(err):
+            errors.say(said)
         return 2
     except Exception as err:
         if not errors.is_users(err):
@@ -96,5 +97,8 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _usage(err: Any) -> str:
+    """A mistake in the command line in one line; empty where the help has been printed instead."""
+    if not err.format_message().strip():
+        return ""
     path = err.ctx.command_path if getattr(err, "ctx", None) is not None else "vistok"
     return f"{' '.join(err.format_message().split())} See {path} --help."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -65,7 +66,7 @@ def table(kind: str, pattern: str = "*", *, pretrained: bool = False) -> Rows:
 
 
 def _row(entry: Info) -> list[str]:
-    sizes = _sizes(entry) if entry.kind == "tokenizer" else {}
+    sizes = _sizes_or_nothing(entry) if entry.kind == "tokenizer" else {}
     numbers = [sizes.get(key, "") for key in ("tokens", "bits per picture", "pixels", "M parameters")]
     what = f"{entry.builder}, trained on {entry.weights.trained_on}" if entry.weights else entry.summary
     if _is_preset(entry) and not entry.weights:
@@ -94,6 +95,15 @@ def _weights_lines(weights: Weights) -> list[tuple[str, str]]:
         ("model id", weights.model_id or ""),
     ]
     return [(key, value) for key, value in lines if value]
+
+
+def _sizes_or_nothing(entry: Info) -> dict[str, str]:
+    """As `_sizes`; a preset that cannot be built (of a plug-in, say) is named and does not take the table down."""
+    try:
+        return _sizes(entry)
+    except Exception as err:
+        warnings.warn(f"The {entry.kind} preset {entry.name!r} cannot be built: {err}", stacklevel=2)
+        return {}
 
 
 def _sizes(entry: Info) -> dict[str, str]:

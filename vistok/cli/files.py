@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
 from vistok.cli import errors
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 VTOK = (".vtok",)
 
@@ -61,6 +66,26 @@ def targets(files: Mapping[Path, Path], out: Path, ending: str, *, overwrite: bo
         owner[target] = file
     refuse_existing(list(owner), overwrite=overwrite)
     return places
+
+
+def refuse_shared(path: Path, what: str, places: Mapping[Path, Path]) -> None:
+    """Stop before any work if the result of a file would replace another result.
+
+    Raises:
+        ValueError: Names the file.
+    """
+    for file, target in places.items():
+        if target == path:
+            raise ValueError(f"{file} and {what} would both become {path}. Rename the file.")
+
+
+def save_png(picture: Image, path: Path) -> None:
+    """Write a picture as PNG, atomically."""
+    from vistok.hub import write_atomic
+
+    data = io.BytesIO()
+    picture.save(data, "PNG")
+    write_atomic(path, data.getvalue())
 
 
 def make_folders(places: Mapping[Path, Path]) -> None:

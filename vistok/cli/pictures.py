@@ -72,7 +72,7 @@ def decode(
     with progress("decode", len(found)) as advance:
         for paths, tokens in _read_tokens(list(found), tokenizer, batch, broken):
             for path, picture in zip(paths, to_pictures(tokenizer.decode(tokens))):
-                picture.save(places[path])
+                files.save_png(picture, places[path])
             count += len(paths)
             advance(count + len(broken.reasons))
     if count:
@@ -99,6 +99,8 @@ def reconstruct(
     endings = {k: "" if k is None else f".{k}" for k in counts}
     places = {k: files.targets(found, out, f"{end}.png", overwrite=overwrite) for k, end in endings.items()}
     grids = {k: out / f"comparison{end}.png" for k, end in endings.items()}
+    for k, grid in grids.items():
+        files.refuse_shared(grid, "the comparison", places[k])
     files.refuse_existing(list(grids.values()), overwrite=overwrite)
     tokenizer = load(model, device)
     files.make_folders(next(iter(places.values())))
@@ -108,7 +110,7 @@ def reconstruct(
             rebuilt = {k: tokenizer.decode(tokenizer.encode(images, k)).cpu() for k in counts}
             for k, pictures in rebuilt.items():
                 for path, picture in zip(paths, to_pictures(pictures)):
-                    picture.save(places[k][path])
+                    files.save_png(picture, places[k][path])
                 if not done:
                     shown = slice(0, GRID_PAIRS)
                     names = [path.name for path in paths[shown]]
@@ -128,8 +130,9 @@ def load(model: str, device: str) -> Tokenizer:
 
     try:
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as err:
-        raise typer.BadParameter(f"--device: {device!r} is none. Try cpu or cuda.") from err
+        torch.zeros(1, device=where).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as err:  # no driver, no such card, no memory behind it
+        raise typer.BadParameter(f"--device: {device!r} cannot be used on this machine. Try cpu or cuda.") from err
     return load_tokenizer(model, device=where)
 
 
@@ -144,15 +147,21 @@ def _read_tokens(
         try:
             one = container.load(path, vocab=tokenizer.quantizer.vocab_sizes, model_id=tokenizer.model_id)
             one = dataclasses.replace(one, grid=tokenizer.grid_for(one.size or tokenizer.preprocess.size))
+            tokenizer.check_tokens(one)
         except (OSError, ValueError) as err:
             broken.reasons[path] = str(err)
             continue
-        if part and (len(part) == batch or part[0][1].size != one.size):
+        if part and (len(part) == batch or _batch_key(part[0][1]) != _batch_key(one)):
             yield [p for p, _ in part], container.stack([t for _, t in part])
             part = []
         part.append((path, one))
     if part:
         yield [p for p, _ in part], container.stack([t for _, t in part])
+
+
+def _batch_key(tokens: Tokens) -> tuple[object, ...]:
+    """What the tokens of one batch share."""
+    return tokens.size, tokens.text is None
 
 
 def _title(model: str, tokens: int | None) -> str:
