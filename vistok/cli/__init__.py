@@ -9,6 +9,6 @@ import os
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
-from vistok.cli.app import main, run  # noqa: E402
+from vistok.cli.app import main, run
 
 __all__ = ["main", "run"]
