@@ -98,6 +98,24 @@ def test_largest_tables_are_exact_both_ways(kind):
     assert torch.equal(q.codes_to_ids(q.ids_to_codes(ids)), ids)
 
 
+@pytest.mark.parametrize("kind", ["vq", "vq_ema", "ibq", "multi"])
+def test_rows_close_together_and_far_from_zero_go_round(kind):
+    q = build("vq" if kind == "multi" else kind).eval()
+    table = 10 + torch.randn(64, 8) * 1e-3
+    if kind == "multi":
+        table[:32] -= 20
+    with torch.no_grad():
+        (q.codebook if kind == "vq_ema" else q.embedding.weight).copy_(table)
+    ids = torch.arange(64).unsqueeze(0)
+    assert torch.equal(q.codes_to_ids(q.ids_to_codes(ids)), ids)
+
+
+def test_codes_that_are_in_no_table_get_the_nearest_row():
+    q = build("vq").eval()
+    ids = torch.arange(64).unsqueeze(0)
+    assert torch.equal(q.codes_to_ids(q.ids_to_codes(ids) + 1e-3), ids)
+
+
 def test_fsq_ids_are_exact_where_float_sums_are_not():
     q = build("fsq", levels=[16] * 7)
     ids = torch.randint(2**28, (1, 2000))
@@ -128,6 +146,7 @@ def test_every_small_fsq_codebook_goes_round():
         ("bsq", {"dim": 64}, "Set groups=8"),
         ("binary", {"dim": 64, "num_bits": 70}, "multiple of 8"),
         ("fsq", {"levels": [8] * 22}, "Give fewer levels and groups > 1"),
+        ("fsq", {"levels": [2**23]}, "tell at most 2\\^22 levels apart.* two of 2897"),
         ("fsq", {"levels": [8, 1]}, "levels must be whole numbers of at least 2"),
         ("vq", {"codebook_size": 0, "dim": 8}, "codebook_size must be a whole number of at least 1"),
         ("residual", {"base": {"name": "gaussian", "dim": 4}, "layers": 2}, "cannot be a residual level"),
@@ -143,6 +162,14 @@ def test_more_bits_than_channels_do_not_pretend_to_be_invertible():
     q = build("binary", dim=8, num_bits=12).eval()
     with pytest.raises(ValueError, match="linearly dependent"):
         q.codes_to_ids(q(features(q)).codes)
+
+
+def test_bit_vectors_that_are_nearly_dependent_do_not_pretend_to_be_invertible():
+    q = build("binary").eval()
+    with torch.no_grad():
+        q.embed[1] = q.embed[0] * (1 + 1e-6)
+    with pytest.raises(ValueError, match="too nearly dependent"):
+        q.codes_to_ids(q.ids_to_codes(torch.arange(2**12).unsqueeze(0)))
 
 
 def test_zero_is_the_lower_sign():

@@ -207,6 +207,27 @@ def test_any_scale_of_fp16_features_gives_finite_losses_and_gradients(kind, scal
 
 
 @pytest.mark.parametrize("kind", ZOO)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_features_that_are_no_numbers_leave_no_trace(kind, bad):
+    q = build(kind)
+    z = features(q, 2, 16)
+    z[0, 0] = z[1, 3] = bad
+    out = q(z)
+    assert all(torch.isfinite(v).all() for v in q.state_dict().values())
+    assert out.ids is None or torch.equal(q.check_ids(out.ids), out.ids)
+
+
+@pytest.mark.parametrize("kind", ZOO)
+def test_a_module_in_half_precision_trains(kind):
+    q = build(kind).to(torch.bfloat16)
+    z = features(q).bfloat16().requires_grad_()
+    out = q(z)
+    (out.loss + out.codes.sum()).backward()
+    assert out.codes.dtype == torch.float32
+    assert torch.isfinite(z.grad).all()
+
+
+@pytest.mark.parametrize("kind", ZOO)
 def test_wrong_width_says_what_fits(kind):
     q = build(kind)
     with pytest.raises(ValueError, match=rf"takes features \(B, N, {q.in_dim}\) and got \(2, 16, {q.in_dim + 1}\)"):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from tests.quantizers.zoo import build, features
 from vistok.quantizers.base import Positions
 from vistok.quantizers.bits import ids_to_bits
-from vistok.quantizers.entropy import bits_entropies, pattern_probabilities, pattern_sum, softmax_entropies
+from vistok.quantizers.entropy import Logits, bits_entropies, pattern_probabilities, pattern_sum, softmax_entropies
 
 
 def direct_lfq(z, bits, temperature, pooled=True, mask=None):
@@ -97,6 +97,24 @@ def test_softmax_entropies_equal_the_direct_formula(distances, masked, monkeypat
     mean = log_p.exp().mean(0)
     direct = [-(log_p.exp() * log_p).sum(-1).mean(), -(mean * (mean + 1e-5).log()).sum()]
     close(found, with_gradients(direct, [z64, t64]))
+
+
+@pytest.mark.parametrize("scale", [20.0, 200.0, 2e4])
+def test_softmax_entropies_hold_where_exp_underflows(scale):
+    z, table = torch.randn(1, 40, 6), torch.randn(300, 6)
+    terms = softmax_entropies(z, table, Positions(z, None, synced=False), scale=scale)
+    log_p = (scale * z[0].double() @ table.double().T).log_softmax(-1)
+    mean = log_p.exp().mean(0)
+    expected = [-(log_p.exp() * log_p).sum(-1).mean(), -(mean * (mean + 1e-5).log()).sum()]
+    for found, want in zip(terms.values(), expected):
+        torch.testing.assert_close(found.double(), want, rtol=1e-4, atol=1e-6)
+
+
+def test_no_probability_underflows():
+    z, table = torch.randn(40, 6), torch.randn(300, 6)
+    logits = Logits(z, table, scale=1e4)
+    log_q = logits.log_softmax(slice(0, 40), slice(0, 300), logits.best()[1])
+    assert float(log_q.exp().min()) >= torch.finfo(torch.float32).tiny
 
 
 def test_index_backpropagation_equals_the_one_hot_formula(monkeypatch):

@@ -83,7 +83,7 @@ def drawn_tokens(rank: int) -> torch.Tensor:
     """32 tokens drawn from 20 + 30 numbered ones, by processes with different seeds."""
     torch.manual_seed(rank)
     own = torch.arange(20.0) if rank == 0 else torch.arange(20.0, 50.0)
-    return draw_tokens(own.unsqueeze(1), None, 32, None).squeeze(1)
+    return draw_tokens(own.unsqueeze(1), torch.ones(len(own), dtype=torch.bool), 32, None).squeeze(1)
 
 
 def ddp_gradient(rank: int) -> torch.Tensor:

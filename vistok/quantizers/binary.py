@@ -123,8 +123,8 @@ class BinaryLatent(Quantizer):
         """Ids whose vectors sum to the codes: (B, N, D) -> int64 (B, N), or (B, N, G) above 63 bits.
 
         Raises:
-            ValueError: Wrong number of channels, or vectors that are linearly dependent (more bits than channels),
-                so that a sum does not tell its bits.
+            ValueError: Wrong number of channels; vectors that are linearly dependent (more bits than channels), or
+                nearly, so that a sum does not tell its bits; or codes that are no such sum.
         """
         codes = self.check_codes(codes)
         embed = self.embed.detach().double()
@@ -133,4 +133,10 @@ class BinaryLatent(Quantizer):
                 f"The {self.num_bits} bit vectors of {self.dim} channels are linearly dependent: a code does not "
                 f"determine its bits. Keep the ids, or give dim of at least num_bits."
             )
-        return self._pack(codes.double() @ torch.linalg.pinv(embed) > 0.5)
+        share = codes.double() @ torch.linalg.pinv(embed)
+        if bool(((share - share.round().clamp(0, 1)).abs() > 0.25).any()):
+            raise ValueError(
+                "These codes are no sums of the bit vectors, or the vectors are too nearly dependent to tell which. "
+                "Keep the ids."
+            )
+        return self._pack(share > 0.5)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from vistok.distributed import all_stack, all_sum, rank
 from vistok.quantizers.base import Positions, Quantized
+from vistok.quantizers.ema import finite_rows
 from vistok.quantizers.search import nearest
 from vistok.quantizers.vq import VectorQuantizer
 from vistok.registry import register
@@ -62,23 +63,22 @@ class ClusteringVectorQuantizer(VectorQuantizer):
 
     @torch.no_grad()
     def _revive(self, z: Tensor, ids: Tensor, positions: Positions) -> None:
-        counted = positions.select(torch.ones_like(ids, dtype=torch.float32)).reshape(-1)
-        histogram = all_sum(torch.zeros_like(self.embed_prob).index_add_(0, ids.reshape(-1), counted))
+        tokens = z.reshape(-1, self.dim)
+        counted = finite_rows(tokens, positions.flat())
+        histogram = all_sum(tokens.new_zeros(self.codebook_size).index_add_(0, ids.reshape(-1), counted.float()))
         total = histogram.sum()
-        feature = self._nearest_features(z.reshape(-1, self.dim), positions)
-        prob = torch.lerp(histogram / total.clamp_min(1), self.embed_prob, self.decay)
+        feature = self._nearest_features(tokens, counted)
+        prob = torch.lerp(histogram / total.clamp_min(1), self.embed_prob.float(), self.decay)
         pull = torch.exp(-prob * self.codebook_size * 10 / (1 - self.decay) - 1e-3).unsqueeze(-1)
         weight = self.embedding.weight
         seen = total > 0  # a batch of padding alone changes nothing
         self.embed_prob.copy_(torch.where(seen, prob, self.embed_prob))
         weight.data.copy_(torch.where(seen, (1 - pull) * weight + pull * feature, weight))
 
-    def _nearest_features(self, z: Tensor, positions: Positions) -> Tensor:
+    def _nearest_features(self, z: Tensor, counted: Tensor) -> Tensor:
         """The feature nearest to each code over all processes, (C, D); zeros where no position counts."""
-        table, compared = self.codes, self.normalise(z)
-        mask = positions.flat()
-        if mask is not None:  # no branch on the data: masked features move out of reach
-            compared = torch.where(mask.unsqueeze(-1), compared, 1e6)
+        # no branch on the data: features that do not count move out of reach
+        table, compared = self.codes, torch.where(counted.unsqueeze(-1), self.normalise(z), 1e6)
         if not len(z):
             compared, z = table.new_full((1, self.dim), 1e6), table.new_zeros(1, self.dim)
         at, distance = nearest(table, compared)

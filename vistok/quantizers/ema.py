@@ -15,8 +15,17 @@ from vistok.quantizers.vq import ESTIMATORS, Gradient, TableQuantizer
 from vistok.registry import register
 
 
+def finite_rows(tokens: Tensor, mask: Tensor | None) -> Tensor:
+    """Which tokens (N, D) vote: those of the mask without inf and NaN, bool (N,).
+
+    The loss of a failed step is skipped by the training loop; its features must not stay in a running average.
+    """
+    finite = torch.isfinite(tokens).all(-1)
+    return finite if mask is None else finite & mask
+
+
 @torch.no_grad()
-def draw_tokens(tokens: Tensor, mask: Tensor | None, count: int, generator: torch.Generator | None) -> Tensor:
+def draw_tokens(tokens: Tensor, mask: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
     """Random tokens of all processes, the same on every process: (N, D) -> (count, D).
 
     Positions are stratified and shuffled, so no token comes twice if there are at least `count`. Process 0 draws and
@@ -24,13 +33,12 @@ def draw_tokens(tokens: Tensor, mask: Tensor | None, count: int, generator: torc
 
     Args:
         tokens: This process' tokens, (N, D); N may differ between processes.
-        mask: True where a token counts, (N,), or None.
+        mask: True where a token counts, (N,).
         count: Tokens wanted.
         generator: Source of the draw.
     """
     device = tokens.device
-    valid = torch.ones(len(tokens), dtype=torch.bool, device=device) if mask is None else mask
-    counts = all_stack(valid.sum())  # (P,)
+    counts = all_stack(mask.sum())  # (P,)
     order = torch.randperm(count, generator=generator, device=device)
     jitter = torch.rand(count, generator=generator, device=device, dtype=torch.float64)
     share = from_first((order + jitter) / count)
@@ -39,15 +47,15 @@ def draw_tokens(tokens: Tensor, mask: Tensor | None, count: int, generator: torc
     own = (place >= 0) & (place < counts[rank()])
     if not len(tokens):
         return all_sum(tokens.new_zeros(count, tokens.shape[1]))
-    at = torch.searchsorted(valid.cumsum(0), place.clamp(0, len(tokens) - 1) + 1).clamp_max(len(tokens) - 1)
+    at = torch.searchsorted(mask.cumsum(0), place.clamp(0, len(tokens) - 1) + 1).clamp_max(len(tokens) - 1)
     return all_sum(torch.where(own.unsqueeze(-1), tokens[at], 0.0))
 
 
 @torch.no_grad()
-def assign_sums(tokens: Tensor, mask: Tensor | None, ids: Tensor, codebook_size: int) -> tuple[Tensor, Tensor]:
+def assign_sums(tokens: Tensor, mask: Tensor, ids: Tensor, codebook_size: int) -> tuple[Tensor, Tensor]:
     """How many tokens each code has, (C,), and their sums, (C, D), over all processes; one message, no one-hot."""
-    weight = tokens.new_ones(len(tokens)) if mask is None else mask.to(tokens.dtype)
-    rows = torch.cat([weight.unsqueeze(-1), torch.where(weight.unsqueeze(-1) > 0, tokens, 0.0)], dim=-1)
+    counted = mask.unsqueeze(-1)
+    rows = torch.cat([counted.to(tokens.dtype), torch.where(counted, tokens, 0.0)], dim=-1)
     total = tokens.new_zeros(codebook_size, rows.shape[1]).index_add_(0, ids, rows)
     total = all_sum(total)
     return total[:, 0], total[:, 1:]
@@ -142,9 +150,10 @@ class EMAVectorQuantizer(TableQuantizer):
     ) -> Quantized:
         """See `Quantizer.forward`."""
         z = self.normalise(z)
-        tokens, mask = z.detach().reshape(-1, self.dim), positions.flat()
+        tokens = z.detach().reshape(-1, self.dim)
+        mask = finite_rows(tokens, positions.flat())
         if self.training and not self._is_ready():
-            self._start_from_kmeans(tokens, mask, positions, generator)
+            self._start_from_kmeans(tokens, mask, generator)
         ids = nearest(tokens, self.codes)[0]
         q = F.embedding(ids, self.codes).reshape(z.shape)
         if self.training:
@@ -158,7 +167,7 @@ class EMAVectorQuantizer(TableQuantizer):
         return self._ready
 
     @torch.no_grad()
-    def _follow(self, tokens: Tensor, mask: Tensor | None, ids: Tensor, generator: torch.Generator | None) -> None:
+    def _follow(self, tokens: Tensor, mask: Tensor, ids: Tensor, generator: torch.Generator | None) -> None:
         counts, sums = assign_sums(tokens, mask, ids, self.codebook_size)
         seen = counts.sum() > 0  # a batch of padding alone changes nothing
         keep = torch.where(seen, self.decay, 1.0)
@@ -183,10 +192,8 @@ class EMAVectorQuantizer(TableQuantizer):
         self.cluster_size.copy_(torch.where(dead, self.dead_threshold, self.cluster_size))
 
     @torch.no_grad()
-    def _start_from_kmeans(
-        self, tokens: Tensor, mask: Tensor | None, positions: Positions, generator: torch.Generator | None
-    ) -> None:
-        if not bool(positions.count > 0):  # summed over processes, so the same answer on each
+    def _start_from_kmeans(self, tokens: Tensor, mask: Tensor, generator: torch.Generator | None) -> None:
+        if not bool(all_sum(mask.sum()) > 0):  # summed over processes, so the same answer on each
             return
         means = draw_tokens(tokens, mask, self.codebook_size, generator)
         counts = self.cluster_size

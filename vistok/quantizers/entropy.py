@@ -21,6 +21,9 @@ from vistok.distributed import sum_with_local_gradient, world_size
 from vistok.quantizers.base import Positions
 from vistok.quantizers.search import TILE, tiles
 
+LOG_FLOOR = -80.0
+"""Least log-probability: e^-80 is nothing beside 1, and processors take ten times as long where exp underflows."""
+
 Cotangent = Callable[[Tensor, slice, slice], Tensor]
 
 
@@ -193,7 +196,7 @@ class Logits:
 
     def tiles(self) -> Iterator[tuple[slice, slice]]:
         """Slices that cover tokens and codes."""
-        return tiles(len(self.z), len(self.table))
+        return tiles(self.z, self.table)
 
     def tile(self, rows: slice, cols: slice) -> Tensor:
         """The logits of one tile."""
@@ -202,9 +205,10 @@ class Logits:
         return torch.addmm(self.bias[cols], self.z[rows], self.table[cols].T, alpha=self.scale)
 
     def log_softmax(self, rows: slice, cols: slice, normaliser: Tensor) -> Tensor:
-        """Log-probabilities of one tile, from `best`."""
+        """Log-probabilities of one tile, from `best`, at least `LOG_FLOOR`."""
         # maximum first, then log of the sum: their sum would be rounded at the size of the logits, not of log q
-        return self.tile(rows, cols).sub_(normaliser[0, rows].unsqueeze(-1)).sub_(normaliser[1, rows].unsqueeze(-1))
+        top, log_total = normaliser[:, rows].unsqueeze(-1)
+        return self.tile(rows, cols).sub_(top).sub_(log_total).clamp_min_(LOG_FLOOR)
 
     @torch.no_grad()
     def best(self) -> tuple[Tensor, Tensor]:
@@ -218,7 +222,8 @@ class Logits:
             value = logit.gather(-1, at.unsqueeze(-1)).squeeze(-1)
             index[rows] = torch.where(value > top[rows], at + cols.start, index[rows])
             higher = torch.maximum(value, top[rows])
-            total[rows] = total[rows] * (top[rows] - higher).exp() + logit.sub_(higher.unsqueeze(-1)).exp_().sum(-1)
+            shares = logit.sub_(higher.unsqueeze(-1)).clamp_min_(LOG_FLOOR).exp_()
+            total[rows] = total[rows] * (top[rows] - higher).exp() + shares.sum(-1)
             top[rows] = higher
         return index, torch.stack([top, total.log()])
 

@@ -11,6 +11,9 @@ from torch import Tensor
 from vistok.quantizers.base import Positions, Quantized, Quantizer, require_positive, straight_through
 from vistok.registry import register
 
+LARGEST_LEVEL = 2**22
+"""Levels of one channel that float32 codes tell apart with a bit to spare."""
+
 
 class _MixedRadix(Quantizer):
     """Shared by the two FSQ kinds: levels <-> ids in integer arithmetic, first channel least significant."""
@@ -22,6 +25,11 @@ class _MixedRadix(Quantizer):
         levels = tuple(levels)
         if not levels or any(isinstance(n, bool) or not isinstance(n, int) or n < 2 for n in levels):
             raise ValueError(f"levels must be whole numbers of at least 2, one per channel, got {list(levels)}.")
+        if max(levels) > LARGEST_LEVEL:
+            raise ValueError(
+                f"levels={max(levels)} for one channel: float32 codes tell at most 2^22 levels apart. "
+                f"Spread them over several channels, e.g. two of {math.isqrt(max(levels) - 1) + 1}."
+            )
         size = math.prod(levels)
         if size > 2**63:
             raise ValueError(
@@ -69,7 +77,8 @@ class _MixedRadix(Quantizer):
         return self.result(codes, self._pack(level), {})
 
     def _pack(self, level: Tensor) -> Tensor:
-        digits: Tensor = level.long() if self.groups == 1 else level.long().unflatten(-1, (self.groups, -1))
+        whole = level.nan_to_num(0.0).long()  # features that are not a number get ids all the same, level 0
+        digits: Tensor = whole if self.groups == 1 else whole.unflatten(-1, (self.groups, -1))
         return (digits * self.basis).sum(-1)
 
     def ids_to_codes(self, ids: Tensor, grid: tuple[int, int] | None = None) -> Tensor:

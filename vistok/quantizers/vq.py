@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vistok.quantizers.base import Positions, Quantized, Quantizer, require_positive, straight_through
 from vistok.quantizers.entropy import softmax_entropies
-from vistok.quantizers.search import nearest, sample_nearby
+from vistok.quantizers.search import find_rows, nearest, sample_nearby
 from vistok.registry import register
 
 Gradient = Literal["straight_through", "rotation"]
@@ -48,7 +48,7 @@ ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 class TableQuantizer(Quantizer):
     """A quantizer whose codes are the rows of one table.
 
-    A subclass gives the table as `codes`; ids are row numbers. `codes_to_ids` finds the nearest row, which is the
+    A subclass gives the table as `codes`; ids are row numbers. `codes_to_ids` finds the equal row, which is the
     exact inverse of `ids_to_codes` as long as no two rows are equal (the first of equal rows is returned).
 
     Attributes:
@@ -77,14 +77,14 @@ class TableQuantizer(Quantizer):
         return self.rows(self.check_ids(ids))
 
     def codes_to_ids(self, codes: Tensor) -> Tensor:
-        """Nearest rows: (B, N, D) -> int64 (B, N).
+        """Rows equal to the codes, the nearest where there is none: (B, N, D) -> int64 (B, N).
 
         Raises:
             ValueError: Wrong number of channels.
         """
         codes = self.check_codes(codes)
         with torch.autocast(codes.device.type, enabled=False):
-            return nearest(codes.reshape(-1, self.dim), self.codes)[0].reshape(codes.shape[:-1])
+            return find_rows(codes.reshape(-1, self.dim), self.codes).reshape(codes.shape[:-1])
 
 
 @register("quantizer", "vq")
