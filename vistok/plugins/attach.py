@@ -16,6 +16,7 @@ from vistok.config import create
 from vistok.plugins.families.base import Family, family_of
 from vistok.plugins.handle import Handle
 from vistok.plugins.packer import PROMPT, continue_prompt, prepare, put_back, step
+from vistok.plugins.paint import paint
 from vistok.plugins.report import Report, build_report
 from vistok.plugins.rows import can_score
 from vistok.plugins.runtime import Runtime
@@ -131,6 +132,30 @@ class Plugin:
         if self.runtime.last is None:
             raise RuntimeError("There is no trace yet: run the model on a prompt with a picture first.")
         return self.runtime.last.trace()
+
+    def show(self, image: Any, sample: int = 0, number: int = 0) -> Any:
+        """Paint what became of a picture's tokens over it: dropped ones dark, merged ones in one colour.
+
+        Args:
+            image: The picture (PIL, or float (3, H, W) in [0, 1]) as it was cropped for the model.
+            sample: Sample of the last call.
+            number: Picture of that sample.
+
+        Raises:
+            RuntimeError: No prompt with pictures has run yet.
+            ValueError: There is no such picture, or its tokens lie on no single grid.
+        """
+        call, pictures = self.runtime.last, self.runtime.pictures
+        if call is None or pictures is None:
+            raise RuntimeError("There is nothing to show yet: run the model on a prompt with a picture first.")
+        samples = len(call.start.counts)
+        mine = sample * len(pictures.counts) // samples  # beams and returned sequences share their sample's pictures
+        if not (0 <= sample < samples and 0 <= number < pictures.counts[mine]):
+            raise ValueError(f"There is no picture {number} of sample {sample}: the samples have {pictures.counts}.")
+        last = call.columns_at(call.depth - 1)
+        kept = last.place[sample][last.segment[sample] == number]
+        slots, sizes = pictures.fate(self.runtime, sum(pictures.counts[:mine]) + number, kept)
+        return paint(image, slots, sizes)
 
     def report(self) -> Report:
         """Tokens per layer, FLOPs and cache bytes of the last call, with and without the method."""

@@ -18,8 +18,9 @@ from vistok.compress.method import FeatureMethod
 from vistok.compress.methods.mustdrop import MustDrop
 from vistok.compress.reduction import Reduction, pack, take
 from vistok.compress.signals import Signals
-from vistok.plugins.families.base import PIXELS, Block, Entry, entry
+from vistok.plugins.families.base import PIXELS, Block, Entry, entry, square
 from vistok.plugins.layout import build, find, run_lengths
+from vistok.plugins.pictures import Pictures
 
 if TYPE_CHECKING:
     from vistok.plugins.runtime import Runtime
@@ -66,9 +67,12 @@ def prepare(runtime: Runtime, kwargs: dict[str, Any], *, generating: bool = True
         return None
     ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
     masks = family.find_placeholders(model, ids, embeds)
-    outputs, entries, full = _compressed(runtime, kwargs, masks)
+    outputs, entries, full, blocks = _compressed(runtime, kwargs, masks)
     masks = {modality: mask for modality, mask in masks.items() if modality in outputs}
     prompt = find(masks, full, runs=family.images_are_runs)
+    if "image" in entries:
+        counts = [len(row) for row in prompt.images["image"]]
+        runtime.pictures = Pictures(counts=counts, grids={}, blocks=blocks, entries=entries["image"])
     first = ids if ids is not None else embeds
     assert first is not None
     given = kwargs.get("attention_mask")
@@ -113,14 +117,15 @@ def prepare(runtime: Runtime, kwargs: dict[str, Any], *, generating: bool = True
     )
 
 
-Encoded = tuple[dict[str, Any], dict[str, list[Entry]], dict[str, list[int]]]
+Encoded = tuple[dict[str, Any], dict[str, list[Entry]], dict[str, list[int]], list[list[Block]]]
 
 
 def _compressed(runtime: Runtime, kwargs: dict[str, Any], masks: dict[str, Tensor]) -> Encoded:
     """Encoder outputs with fewer tokens, the images one by one, and their full sizes."""
     family, method = runtime.family, runtime.method
     if isinstance(method, MustDrop):
-        return family.encode_merged(runtime.model, kwargs, method)
+        merged, images, lengths = family.encode_merged(runtime.model, kwargs, method)
+        return merged, images, lengths, [[square(n)] for n in lengths.get("image", [])]
     assert isinstance(method, FeatureMethod)
     if "pixels" in method.needs:
         outputs, full_blocks = family.encode_smaller(runtime.model, kwargs, lambda block: _quota(runtime, block))
@@ -129,6 +134,7 @@ def _compressed(runtime: Runtime, kwargs: dict[str, Any], masks: dict[str, Tenso
         outputs = {**given, **family.encode(runtime.model, kwargs)}
         full_blocks = {m: family.blocks(runtime.model, out, kwargs, m) for m, out in outputs.items()}
     new, entries, sizes = {}, {}, {}
+    pictures: list[list[Block]] = []
     for modality, output in outputs.items():
         blocks = full_blocks[modality]
         features = family.features(runtime.model, output)
@@ -136,9 +142,11 @@ def _compressed(runtime: Runtime, kwargs: dict[str, Any], masks: dict[str, Tenso
             features, blocks = _grouped(features, blocks, run_lengths(masks[modality]))
         entries[modality] = [_compress(runtime, f, b) for f, b in zip(features, blocks)]
         sizes[modality] = [sum(block.length + len(block.newlines) for block in image) for image in blocks]
+        if modality == "image":
+            pictures = blocks
         new[modality] = family.rebuilt(copy.copy(output), [e.features for e in entries[modality]])
         family.rebuild_extra(new[modality], [e.reduction for e in entries[modality]])
-    return new, entries, sizes
+    return new, entries, sizes, pictures
 
 
 def _quota(runtime: Runtime, block: Block) -> int:

@@ -17,6 +17,7 @@ from vistok.plugins.families.base import PIXELS, Family
 from vistok.plugins.handle import Handle
 from vistok.plugins.layout import Columns, Prompt, build, find
 from vistok.plugins.masks import layer_mask, real_tokens
+from vistok.plugins.pictures import Pictures
 from vistok.plugins.rows import attention_rows, received
 
 Kwargs = dict[str, Any]
@@ -44,6 +45,7 @@ class Runtime:
         self.prompt: Prompt | None = None
         self.handover: dict[str, Any] = {}  # what the packer tells about a prompt it shortened
         self.labelled = False
+        self.pictures: Pictures | None = None  # of the last prompt, for `show`
 
     def install(self, handle: Handle) -> None:
         """Register every hook, each recorded in the handle."""
@@ -88,6 +90,9 @@ class Runtime:
             sizes = {k: [len(f) for f in self.family.features(self.model, v)] for k, v in outputs.items()}
             masks = {k: m for k, m in masks.items() if k in sizes}
             self.prompt = find(masks, sizes, runs=self.family.images_are_runs)
+            if not self.handover:
+                counts = [len(row) for row in self.prompt.images.get("image", [])]
+                self.pictures = Pictures.of(self, outputs, kwargs, counts)
         return (args, kwargs) if changed else None
 
     def before_text(self, module: nn.Module, args: tuple[Any, ...], kwargs: Kwargs) -> tuple[Any, ...] | None:

@@ -64,7 +64,9 @@ class Llava(Family):
 
 def _places(merged: Reduction | None, i: int, count: int, method: MustDrop) -> Reduction:
     """Placeholders that the features of picture i take; merged-first order has no places of its own."""
-    length = count if merged is None else merged.length
-    in_order = merged is None or method.reference
-    index = torch.arange(count).unsqueeze(0) if in_order or merged is None else merged.index[i : i + 1]
-    return Reduction(index, torch.ones_like(index), length)
+    if merged is None or method.reference:
+        index = torch.arange(count).unsqueeze(0)
+        return Reduction(index, torch.ones_like(index), count if merged is None else merged.length)
+    assert merged.links is not None and merged.weights is not None
+    one = slice(i, i + 1)
+    return Reduction(merged.index[one], merged.sizes[one], merged.length, merged.links[one], merged.weights[one])
