@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import struct
+import tracemalloc
 import zlib
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from vistok.image import (
     MAX_PIXELS,
     PictureError,
     Preprocess,
+    _to_8_bit,
     find_pictures,
     read_batches,
     to_pictures,
@@ -321,6 +323,17 @@ def test_pictures_survive_tensors() -> None:
 
 
 # -- files ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.float32])
+def test_a_large_deep_picture_is_converted_in_parts(dtype: type) -> None:
+    values = (np.arange(2**23) % 60_000).astype(dtype).reshape(2**13, 2**10)
+    tracemalloc.start()
+    found = _to_8_bit(values)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert np.array_equal(found, (values / 65535 * 255 + 0.5).astype(np.uint8))
+    assert peak < 4 * values.size
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 MAX_PIXELS = 120_000_000  # a larger picture is refused before its pixels are decoded
+_PART = 2**20  # samples that are converted at once
 _STRIP = 16  # a resized picture this many times larger than the crop is a strip
 _ORIENTATION = 0x0112  # the EXIF tag
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".jp2", ".ppm", ".pgm")
@@ -188,12 +189,16 @@ def _to_rgb(picture: Image) -> Image:
 
 def _to_8_bit(values: np.ndarray) -> np.ndarray:
     """Integers are 16-bit samples; floats span [0, 1], [0, 255] or [0, 65535], the smallest that holds them."""
-    numbers = np.nan_to_num(values.astype(np.float32), nan=0.0, posinf=0.0, neginf=0.0)
-    peak = float(numbers.max(initial=0.0))
+    parts = np.array_split(values.reshape(-1), values.size // _PART + 1)  # float copies of a part, not of the picture
     tops = (65535.0,) if values.dtype.kind in "iu" else (1.0, 255.0, 65535.0)
+    peak = max(float(_finite(part).max(initial=0.0)) for part in parts) if len(tops) > 1 else 0.0
     top = next((t for t in tops if peak <= t), tops[-1])
-    scaled: np.ndarray = np.clip(numbers / top * 255 + 0.5, 0, 255).astype(np.uint8)
-    return scaled
+    scaled = [np.clip(_finite(part) / top * 255 + 0.5, 0, 255).astype(np.uint8) for part in parts]
+    return np.concatenate(scaled).reshape(values.shape)
+
+
+def _finite(values: np.ndarray) -> np.ndarray:
+    return np.nan_to_num(values.astype(np.float32), nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def pil_to_tensor(picture: Image) -> Tensor:
