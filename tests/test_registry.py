@@ -239,6 +239,13 @@ def test_a_broken_plugin_is_named_and_the_others_work(plugins: Path) -> None:
         vistok.create("quantizer", "no_such_thing_at_all")
 
 
+def test_a_plugin_that_exits_is_named_and_the_others_work(plugins: Path) -> None:
+    _distribution(plugins, "vistok_fake_exit", "raise SystemExit(3)", {"exit": "vistok_fake_exit"})
+    _distribution(plugins, "vistok_fake_well", PLUGIN, {"well": "vistok_fake_well"})
+    with pytest.warns(UserWarning, match=r"plug-in 'exit' \(vistok_fake_exit\) could not be loaded: 3"):
+        assert "plugged_in" in vistok.list("quantizer")
+
+
 def test_a_plugin_cannot_take_a_name_of_ours(plugins: Path) -> None:
     register("quantizer", "ours")(Plain)
     source = PLUGIN.replace("plugged_in", "ours")

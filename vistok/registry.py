@@ -237,7 +237,7 @@ def _load_entry_points() -> None:
     for point in importlib.metadata.entry_points(group=ENTRY_POINTS):
         try:
             point.load()
-        except Exception as err:  # somebody else's package: reported by name, the rest goes on
+        except (Exception, SystemExit) as err:  # somebody else's package: reported by name, the rest goes on
             broken_plugins[f"plug-in {point.name}"] = f"{type(err).__name__}: {err}"
             warnings.warn(f"The vistok plug-in {point.name!r} ({point.value}) could not be loaded: {err}", stacklevel=2)
 

@@ -141,7 +141,7 @@ def _reason(err: Exception) -> str:
 
 
 def _refuse_programs(path: Path) -> None:
-    if zipfile.is_zipfile(path):
+    if _is_zip(path):
         with zipfile.ZipFile(path) as file:
             names = file.namelist()
         if any(n.endswith("constants.pkl") or "/code/" in n for n in names):
@@ -150,6 +150,13 @@ def _refuse_programs(path: Path) -> None:
             )
     elif tarfile.is_tarfile(path):
         raise UnreadableError(f"{path} is a tar archive (torch before 0.1.10). Save it again with a newer torch.")
+
+
+def _is_zip(path: Path) -> bool:
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # it ends like one, and is damaged there
+        return True
 
 
 def read_numpy_pickle(path: str | Path) -> dict[str, Any]:
@@ -198,7 +205,7 @@ def read(path: str | Path) -> Any:
 
 def _is_numpy_pickle(path: Path) -> bool:
     """A pickle with NumPy arrays near its start; `torch.save` writes a zip archive or, of old, a magic number first."""
-    if not path.is_file() or zipfile.is_zipfile(path):
+    if not path.is_file() or _is_zip(path):
         return False
     with open(path, "rb") as file:
         head = file.read(4096)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vistok import hub
-from vistok.config import check_value
+from vistok.config import check_value, create
 from vistok.image import Preprocess, to_tensor
 from vistok.quantizers.base import Quantized, Quantizer
 from vistok.tokens import Tokens
@@ -227,7 +227,7 @@ class Tokenizer(hub.Saveable, nn.Module):
         """
         if "image_size" not in self.config:
             raise ValueError(f"{self.registry_name} takes pictures of one size only.")
-        other = type(self)(**{**self.config, "image_size": tuple(size)})
+        other: Any = create(self.registry_kind, self.registry_name, **{**self.config, "image_size": tuple(size)})
         hub.load_strictly(other, self._resized_state(other), f"{self.registry_name} at {size[0]}x{size[1]}")
         other.preprocess = dataclasses.replace(self.preprocess, size=other.preprocess.size)
         return other.to(self.device, next(self.parameters()).dtype).train(self.training)
