@@ -325,6 +325,17 @@ def test_pictures_survive_tensors() -> None:
 # -- files ---------------------------------------------------------------------------------------------------------
 
 
+def test_a_picture_one_may_not_read_is_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    noise(8, 8).save(tmp_path / "a.png")
+
+    def refuse(*_: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Image, "open", refuse)
+    with pytest.raises(PictureError, match="a.png cannot be read: Permission denied"):
+        to_pil(tmp_path / "a.png")
+
+
 @pytest.mark.parametrize("dtype", [np.uint16, np.float32])
 def test_a_large_deep_picture_is_converted_in_parts(dtype: type) -> None:
     values = (np.arange(2**23) % 60_000).astype(dtype).reshape(2**13, 2**10)

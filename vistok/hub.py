@@ -249,7 +249,7 @@ def write_atomic(path: str | Path, data: bytes) -> None:
     try:
         _write_and_replace(Path(path), data)
     except OSError as err:
-        if err.errno and not err.filename:  # a full disk: the system names no file
+        if err.errno:  # the system names a temporary file, or none where the disk is full
             err.filename = str(path)
         raise
 

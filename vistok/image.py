@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import struct
 import threading
 import warnings
@@ -15,6 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
+
+from vistok.hub import write_atomic
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -136,6 +139,8 @@ def to_pil(picture: Any) -> Image:
         raise PictureError(f"{picture} is too large: {err}") from err
     except UnidentifiedImageError as err:
         raise PictureError(f"{picture} is not a picture that Pillow reads.") from err
+    except PermissionError as err:
+        raise PictureError(f"{picture} cannot be read: {err.strerror}.") from err
     except (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, struct.error, zlib.error) as err:
         # what Pillow's readers raise on damaged files, by format
         raise PictureError(f"{picture} is damaged or not fully written: {_one_line(err)}") from err
@@ -253,6 +258,13 @@ def to_pictures(images: Tensor) -> list[Image]:
 
     arrays = to_uint8(images.detach()).permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(a) for a in arrays]
+
+
+def save_png(picture: Image, path: str | Path) -> None:
+    """Write a picture as PNG, atomically."""
+    data = io.BytesIO()
+    picture.save(data, format="PNG")
+    write_atomic(path, data.getvalue())
 
 
 def find_pictures(source: str | Path) -> list[Path]:

@@ -209,10 +209,6 @@ def test_log_axis_is_for_values_squeezed_to_the_floor():
     assert wants_log(decay) and not wants_log(rise) and not wants_log([[0.0, 1.0]])
 
 
-def test_log_that_was_cut_off_is_read_to_its_last_whole_line():
-    assert report.read_log(['{"step": 1}', '{"step": 2, "lo']) == [{"step": 1}]
-
-
 def test_bootstrap_interval_has_the_width_of_the_standard_error():
     values = torch.randn(400, generator=torch.Generator().manual_seed(1))
     low, high = bootstrap_interval(values)

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import typer
 
 from vistok.cli import errors
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 VTOK = (".vtok",)
 
@@ -77,15 +72,6 @@ def refuse_shared(path: Path, what: str, places: Mapping[Path, Path]) -> None:
     for file, target in places.items():
         if target == path:
             raise ValueError(f"{file} and {what} would both become {path}. Rename the file.")
-
-
-def save_png(picture: Image, path: Path) -> None:
-    """Write a picture as PNG, atomically."""
-    from vistok.hub import write_atomic
-
-    data = io.BytesIO()
-    picture.save(data, "PNG")
-    write_atomic(path, data.getvalue())
 
 
 def make_folders(places: Mapping[Path, Path]) -> None:

@@ -62,7 +62,7 @@ def decode(
 ) -> None:
     """Turn .vtok files back into pictures (PNG)."""
     from vistok.cli.show import progress
-    from vistok.image import find_files, to_pictures
+    from vistok.image import find_files, save_png, to_pictures
 
     found = files.collect(sources, lambda source: find_files(source, files.VTOK, ".vtok files"))
     places = files.targets(found, out, ".png", overwrite=overwrite)
@@ -72,7 +72,7 @@ def decode(
     with progress("decode", len(found)) as advance:
         for paths, tokens in _read_tokens(list(found), tokenizer, batch, broken):
             for path, picture in zip(paths, to_pictures(tokenizer.decode(tokens))):
-                files.save_png(picture, places[path])
+                save_png(picture, places[path])
             count += len(paths)
             advance(count + len(broken.reasons))
     if count:
@@ -92,7 +92,7 @@ def reconstruct(
     """Encode and decode pictures; write them (PNG) and a comparison with the originals."""
     from vistok.cli.show import progress
     from vistok.evaluate.grid import save_grid
-    from vistok.image import find_pictures, read_batches, to_pictures
+    from vistok.image import find_pictures, read_batches, save_png, to_pictures
 
     found = files.collect(sources, find_pictures)
     counts: list[int | None] = list(files.numbers(tokens, "--tokens")) or [None]
@@ -110,7 +110,7 @@ def reconstruct(
             rebuilt = {k: tokenizer.decode(tokenizer.encode(images, k)).cpu() for k in counts}
             for k, pictures in rebuilt.items():
                 for path, picture in zip(paths, to_pictures(pictures)):
-                    files.save_png(picture, places[k][path])
+                    save_png(picture, places[k][path])
                 if not done:
                     shown = slice(0, GRID_PAIRS)
                     names = [path.name for path in paths[shown]]

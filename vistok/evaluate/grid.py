@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from vistok.image import to_pictures
+from vistok.image import save_png, to_pictures
 from vistok.losses.base import check_pair
 
 if TYPE_CHECKING:
@@ -89,11 +89,11 @@ def save_grid(
     title: str = "",
     columns: int = 8,
 ) -> Path:
-    """Write `reconstruction_grid` as a PNG; returns the path."""
+    """Write `reconstruction_grid` as a PNG, atomically; returns the path."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     grid = reconstruction_grid(originals, reconstructions, captions=captions, title=title, columns=columns)
-    grid.save(path, format="PNG", optimize=True)
+    save_png(grid, path)
     return path
 
 

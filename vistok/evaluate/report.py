@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -22,6 +22,7 @@ from vistok.evaluate.gallery import Example, Gallery
 from vistok.evaluate.grid import reconstruction_grid, save_grid
 from vistok.evaluate.protocol import flatten
 from vistok.evaluate.style import STYLE
+from vistok.hub import write_atomic
 
 __all__ = [
     "Curve",
@@ -94,7 +95,7 @@ def write_page(
     notes: Sequence[str] = (),
     ranked_by: str = "PSNR",
 ) -> Path:
-    """Write the page.
+    """Write the page, atomically.
 
     Args:
         path: Where to; folders are made.
@@ -138,7 +139,7 @@ def write_page(
     )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    write_atomic(path, page.encode())
     return path
 
 
@@ -314,16 +315,3 @@ def figure_of(metric: Any, value: float, interval: tuple[float, float] | None = 
         higher_is_better=metric.higher_is_better,
         definition=metric.definition,
     )
-
-
-def read_log(lines: Iterable[str]) -> list[dict[str, Any]]:
-    """Records of a `metrics.jsonl`; a last line that was cut off by a kill is left out."""
-    import json
-
-    records = []
-    for line in lines:
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return [r for r in records if isinstance(r, dict)]
