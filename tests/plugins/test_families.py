@@ -10,6 +10,8 @@ import torch
 
 from tests.plugins import hosts, zoo
 from vistok.plugins.attach import attach
+from vistok.plugins.families.base import Family
+from vistok.registry import register
 
 NAMES = list(zoo.HOSTS)
 STAGES = {"prefill": ("fastv", {"layers": [1]}), "features": ("pool", {}), "decode": ("snapkv", {"window": 3})}
@@ -71,6 +73,60 @@ def test_removing_equals_masking(name, method, config, attn):
     tokens = out.sequences[:, inputs["input_ids"].shape[1] :]
     expected = hosts.emulate(found.model, inputs, call, tokens, found.family)
     torch.testing.assert_close(hosts.logits(out), expected, atol=2e-5, rtol=0)
+
+
+MATRIX = [
+    "random",
+    "fastv",
+    "pyramiddrop",
+    "transprune",
+    "sparsevlm",
+    "sparsevlm_plus",
+    "mustdrop",
+    "snapkv",
+    "h2o",
+    "pool",
+    "random_features",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", MATRIX)
+@pytest.mark.parametrize("name", NAMES)
+def test_every_method_on_every_family(name, method):
+    found = host(name)
+    config: dict[str, Any] = {"merge": False} if method == "mustdrop" else {}
+    batch = samples(found, name)
+    inputs = found.prompt(batch)
+    plain = logits_of(found, inputs)
+    with attach(found.model, method, keep=1.0, **config):
+        assert torch.equal(logits_of(found, inputs), plain)
+    with attach(found.model, method, keep=0.3, **config) as plugin:
+        out = hosts.generate(found.model, inputs, steps=3)
+        call = plugin.runtime.last
+        for row, sample in enumerate(batch):
+            alone = logits_of(found, found.prompt([sample]))
+            torch.testing.assert_close(hosts.logits(out)[row], alone[0], atol=3e-5, rtol=0)
+    if method not in ("sparsevlm", "pool", "random_features"):
+        tokens = out.sequences[:, inputs["input_ids"].shape[1] :]
+        expected = hosts.emulate(found.model, inputs, call, tokens, found.family)
+        torch.testing.assert_close(hosts.logits(out), expected, atol=3e-5, rtol=0)
+
+
+def test_a_family_can_be_registered_from_outside(scratch_registry):
+    class MyLlava(type(hosts.llava())):  # type: ignore[misc]
+        pass
+
+    class Outside(Family):
+        hosts = ("MyLlava",)
+
+    register("family", "aaa_outside")(Outside)
+    model = hosts.llava()
+    model.__class__ = MyLlava
+    with attach(model, "fastv", keep=4) as plugin:
+        assert isinstance(plugin.family, Outside)
+        hosts.generate(model, hosts.llava_inputs((1,)), steps=1)
+        assert plugin.trace.image[-1] == [4]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -32,6 +32,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 NAMES = list(METHODS)
 FREE = ("sparsevlm, by rank", "mustdrop, by thresholds")  # what stays is not given by `keep`
+EVICTING = [n for n in NAMES if n.startswith(("mustdrop", "snapkv", "h2o"))]
 MASKABLE = [n for n in NAMES if n not in ("sparsevlm", "pyramiddrop, renumbered", "snapkv, own heads")]
 RAGGED = (1, 3, 0)
 
@@ -145,17 +146,19 @@ def test_sampled_sequences_follow_the_masked_model(llava):
     torch.testing.assert_close(hosts.logits(out), expected, atol=1e-5, rtol=0)
 
 
-def test_prompt_lookup_decoding_gives_the_greedy_tokens(llava):
+@pytest.mark.parametrize("name", ["fastv", "pyramiddrop", "pyramiddrop, renumbered", "mustdrop", "snapkv"])
+def test_prompt_lookup_decoding_gives_the_greedy_tokens(llava, name):
     inputs = hosts.llava_inputs((1,), seed=7)
-    with attach(llava, "fastv", keep=0.25):
+    with put(llava, name, keep=0.25):
         plain = hosts.generate(llava, inputs, steps=12)
         looked_up = hosts.generate(llava, inputs, steps=12, prompt_lookup_num_tokens=3)
     assert torch.equal(plain.sequences, looked_up.sequences)
 
 
-def test_a_second_turn_on_the_same_cache_equals_one_masked_pass(llava):
+@pytest.mark.parametrize("name", MASKABLE)
+def test_a_second_turn_on_the_same_cache_equals_one_masked_pass(llava, name):
     inputs = hosts.llava_inputs((1,), seed=8)
-    with attach(llava, "fastv", keep=0.25) as plugin:
+    with put(llava, name, keep=0.25) as plugin:
         first = hosts.generate(llava, inputs, steps=3)
         call = plugin.runtime.last
         turn = torch.cat([first.sequences, torch.tensor([hosts.words(5, 9)])], dim=1)
@@ -169,17 +172,26 @@ def test_a_second_turn_on_the_same_cache_equals_one_masked_pass(llava):
     torch.testing.assert_close(hosts.logits(second), expected, atol=1e-5, rtol=0)
 
 
-def test_static_cache_equals_dynamic_cache(llava):
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in EVICTING])
+def test_static_cache_equals_dynamic_cache(llava, name):
     inputs = hosts.llava_inputs((1, 2), seed=10)
-    with attach(llava, "fastv", keep=0.25):
+    with put(llava, name, keep=0.25):
         dynamic = hosts.generate(llava, inputs)
         static = hosts.generate(llava, inputs, cache_implementation="static", disable_compile=True)
     torch.testing.assert_close(hosts.logits(dynamic), hosts.logits(static), atol=1e-5, rtol=0)
 
 
-def test_without_a_cache_the_first_step_is_the_same(llava):
+@pytest.mark.parametrize("name", EVICTING)
+def test_a_static_cache_cannot_be_thinned_out(llava, name):
+    inputs = hosts.llava_inputs((1,))
+    with put(llava, name, keep=0.25), pytest.raises(ValueError, match="evicts cache entries"):
+        hosts.generate(llava, inputs, cache_implementation="static")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_without_a_cache_the_first_step_is_the_same(llava, name):
     inputs = hosts.llava_inputs((1, 2), seed=11)
-    with attach(llava, "fastv", keep=0.25) as plugin:
+    with put(llava, name, keep=0.25) as plugin:
         cached = hosts.generate(llava, inputs)
         uncached = hosts.generate(llava, inputs, use_cache=False)
         assert plugin.trace.cached == []
@@ -235,13 +247,14 @@ def test_right_padding_gives_the_loss_of_left_padding(llava):
     torch.testing.assert_close(losses[0], losses[1], atol=1e-5, rtol=0)
 
 
-def test_gradient_checkpointing_changes_neither_loss_nor_gradients():
+@pytest.mark.parametrize("name", ["fastv", "transprune", "sparsevlm"])
+def test_gradient_checkpointing_changes_neither_loss_nor_gradients(name):
     model = hosts.llava().requires_grad_(True).train()
     inputs = hosts.llava_inputs((1, 2), seed=15)
     ids = inputs["input_ids"]
     labels = ids.masked_fill((ids == hosts.IMAGE) | (inputs["attention_mask"] == 0), -100)
     found = []
-    with attach(model, "fastv", keep=0.25) as plugin:
+    with put(model, name, keep=0.25) as plugin:
         for checkpointing in (False, True):
             if checkpointing:
                 model.activation_checkpointing_enable()
@@ -251,7 +264,7 @@ def test_gradient_checkpointing_changes_neither_loss_nor_gradients():
             out.loss.backward()
             grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
             found.append((out.loss.detach(), grads))
-            assert plugin.trace.image[-1] == [4, 8]
+            assert sum(plugin.trace.image[-1]) < 48
     torch.testing.assert_close(found[0][0], found[1][0], atol=1e-6, rtol=0)
     assert found[0][1].keys() == found[1][1].keys()
     for name, grad in found[0][1].items():

@@ -53,6 +53,22 @@ def test_a_built_method_takes_no_settings(llava):
         attach(llava, FastV(), keep=3)
 
 
+def test_a_setting_can_live_in_a_yaml_file(llava, tmp_path):
+    file = tmp_path / "short.yaml"
+    file.write_text("name: fastv\nlayers: [3]\nkeep: {mean: 10}\n")
+    with attach(llava, str(file), reference=True) as plugin:
+        hosts.generate(llava, hosts.llava_inputs((1,)), steps=1)
+        assert plugin.trace.image == [[16]] * 3 + [[4]] * 3
+        assert plugin.method.reference
+
+
+def test_sliding_windows_are_warned_about():
+    model = hosts.llava()
+    model.model.language_model.layers[3].self_attn.sliding_window = 8
+    with pytest.warns(UserWarning, match="window counts the tokens that are left"):
+        attach(model, "random").detach()
+
+
 def test_a_mapping_needs_a_name(llava):
     with pytest.raises(ValueError, match="needs its name"):
         attach(llava, {"keep": 3})

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def density_peaks(x: Tensor, member: Tensor, clusters: Tensor) -> tuple[Tensor, Tensor]:
+def density_peaks(x: Tensor, member: Tensor, clusters: Tensor, most: int | None = None) -> tuple[Tensor, Tensor]:
     """Assign tokens to density peaks (the rule of SparseVLM 1.x, without its random noise).
 
     Distances are Euclidean / sqrt(D); the density of a token is exp(-mean squared distance to its c nearest, itself
@@ -18,6 +18,7 @@ def density_peaks(x: Tensor, member: Tensor, clusters: Tensor) -> tuple[Tensor, 
         x: Tokens, (B, N, D).
         member: Tokens that take part, (B, N).
         clusters: c, clusters of each sample, (B,).
+        most: The largest c, if known on the host.
 
     Returns:
         Rank of each token's centre (0 is the strongest), (B, N), -1 for tokens that take no part; and the index of
@@ -25,7 +26,7 @@ def density_peaks(x: Tensor, member: Tensor, clusters: Tensor) -> tuple[Tensor, 
     """
     x = x.float()
     batch, n, width = x.shape
-    most = max(int(clusters.max()), 1)
+    most = max(int(clusters.max()) if most is None else most, 1)
     far = torch.finfo(torch.float32).max
     pair = member.unsqueeze(1) & member.unsqueeze(2)
     distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist") / width**0.5

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any
@@ -12,7 +14,7 @@ from torch import nn
 
 from vistok.compress.method import Method
 from vistok.compress.trace import Trace
-from vistok.config import create
+from vistok.config import create, read_yaml
 from vistok.plugins.families.base import Family, family_of
 from vistok.plugins.handle import Handle
 from vistok.plugins.packer import PROMPT, continue_prompt, prepare, put_back, step
@@ -185,7 +187,7 @@ def attach(model: nn.Module, method: str | Mapping[str, Any] | Method, **config:
 
     Args:
         model: Any supported vision-language model of transformers, unmodified.
-        method: Registered name, a mapping `{name: ..., ...}` as in a YAML file, or a built method.
+        method: Registered name, a mapping `{name: ..., ...}`, the path of a YAML file with one, or a built method.
         **config: Settings of the method. `keep` is the number of image tokens left after the last cut: an int per
             image, a float share, or a `Budget`.
 
@@ -228,6 +230,8 @@ def _method(method: str | Mapping[str, Any] | Method, config: dict[str, Any]) ->
             raise ValueError(f"A method as a mapping needs its name: {{name: fastv, ...}}, got {dict(method)}.")
         method = config.pop("name")
     name = str(method)
+    if name.endswith((".yaml", ".yml")):
+        return _method(read_yaml(name), config)
     built: Method = create("method", name, **config)
     return built
 
@@ -253,6 +257,16 @@ def check(plugin: Plugin) -> None:
                 f"{plugin.name} reads attention rows, and layer {i} is a {type(attn).__name__} without separate "
                 "q_proj, k_proj and rotary positions. Use a method that reads no attention, such as random or pool."
             )
+    if "mm_encoder_outputs" not in inspect.signature(plugin.model.forward).parameters:
+        raise TypeError(
+            f"{type(plugin.model).__name__} takes no mm_encoder_outputs. Update transformers to 5.20 or newer."
+        )
+    if any(getattr(layer.self_attn, "sliding_window", None) for layer in runtime.text.layers) and runtime.cuts:
+        warnings.warn(
+            "Some layers attend to a sliding window. After a cut the window counts the tokens that are left, so it "
+            "reaches further back than in the unpruned model.",
+            stacklevel=3,
+        )
     chunk = getattr(getattr(plugin.model, "generation_config", None), "prefill_chunk_size", None)
     if chunk is not None:
         raise ValueError(

@@ -163,9 +163,10 @@ def recycle(view: View, scores: Tensor, quotas: list[list[int]], *, behind: bool
     key = torch.arange(n, device=keep.device, dtype=torch.float64).expand_as(links).clone()
     centre_mask = torch.zeros_like(keep)
     for s in range(view.images):
-        clusters = torch.tensor([row[s] if s < len(row) else 0 for row in groups], device=keep.device)
+        wanted = [row[s] if s < len(row) else 0 for row in groups]
+        clusters = torch.tensor(wanted, device=keep.device)
         mine = member & (view.segment == s)
-        label, centres = density_peaks(view.hidden, mine, clusters)
+        label, centres = density_peaks(view.hidden, mine, clusters, max(wanted))
         anchor = centres.gather(1, label.clamp_min(0))
         links = torch.where(mine, anchor, links)
         size = (
