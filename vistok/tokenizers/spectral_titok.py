@@ -157,6 +157,15 @@ class _Frequencies(nn.Module):
         self.register_buffer("horizontal", dct_matrix(self.shape[2], layout.size[1]), persistent=False)
         self.register_buffer("colours", torch.tensor(OPPONENT), persistent=False)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Move to devices as usual but stay in float32: rounding the basis functions would change ids."""
+        exact = {name: t.detach() for name, t in [*self.named_parameters(), *self.named_buffers()]}
+        super()._apply(fn, recurse)
+        for name, t in [*self.named_parameters(), *self.named_buffers()]:
+            if t.dtype != exact[name].dtype:
+                t.data = exact[name].to(t.device)
+        return self
+
 
 class FrequencyAnalysis(_Frequencies):
     """Pictures to features: every token gets its DCT coefficients, scaled to the range of the quantizer.
@@ -332,8 +341,9 @@ class SpectralTiTok(Tokenizer):
 
     def decode_codes(self, codes: Tensor) -> Tensor:
         """Codes (B, K, quantizer.dim) -> pictures, unclamped, (B, 3, H, W)."""
-        picture = self.synthesis(codes)
-        return picture + self.decoder(picture, codes)
+        picture = self.synthesis(codes)  # float32, whatever the weights are
+        dtype = self.decoder.head.weight.dtype
+        return picture + self.decoder(picture.to(dtype), codes.to(dtype))
 
 
 def _check(height: int, width: int, patch_size: int, num_tokens: int) -> None:
