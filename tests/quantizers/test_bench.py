@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
+import io
 import json
 
 import pytest
+from rich.console import Console
 
 from tests.bench import quantizers as cost
+from vistok.cli.runs import bench_quantizers as cli_bench_quantizers
 from vistok.evaluate import bench_quantizers
 from vistok.evaluate.step_cost import measure_step
 
@@ -33,6 +38,15 @@ def test_table_and_plot_show_every_row(short, tmp_path):
     assert bench_quantizers.make_table(short).row_count == 3
     bench_quantizers.plot(short, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+def test_table_is_readable_at_80_columns(short):
+    console = Console(width=80, file=io.StringIO())
+    slow = dataclasses.replace(short.rows[0], label="residual ema vq 2 x 32", seconds=999.0, step_ms=999.0)
+    console.print(bench_quantizers.make_table(dataclasses.replace(short, rows=(*short.rows, slow))))
+    said = console.file.getvalue()
+    assert "residual ema vq 2 x 32 *" in said
+    assert "…" not in said
 
 
 def test_unknown_kinds_are_refused():
@@ -62,3 +76,9 @@ def test_cost_beside_vector_quantize_pytorch(case, faster, smaller):
     found, other = cost.measure_apart(ours, 3), cost.measure_apart(theirs, 1)
     assert other["cpu_seconds"] > faster * found["cpu_seconds"]
     assert other["peak_mb"] > smaller * found["peak_mb"]
+
+
+def test_the_command_runs_what_the_function_runs():
+    ours = inspect.signature(bench_quantizers.run).parameters
+    command = inspect.signature(cli_bench_quantizers).parameters
+    assert all(command[name].default == ours[name].default for name in ("steps", "batch", "seed"))

@@ -143,7 +143,8 @@ def test_every_small_fsq_codebook_goes_round():
         ("lfq", {"dim": 32}, "group_lfq, dim: 32, groups: 4"),
         ("group_lfq", {"dim": 64, "groups": 2}, "Group the bits"),
         ("group_lfq", {"dim": 30, "groups": 4}, "dim=30 does not split into groups=4"),
-        ("bsq", {"dim": 64}, "Set groups=8"),
+        ("bsq", {"dim": 64}, "Set groups=8, i.e. 8 bits an id"),
+        ("bsq", {"dim": 65}, "Set groups=13, i.e. 5 bits an id"),
         ("binary", {"dim": 64, "num_bits": 70}, "multiple of 8"),
         ("fsq", {"levels": [8] * 22}, "Give fewer levels and groups > 1"),
         ("fsq", {"levels": [2**23]}, "tell at most 2\\^22 levels apart.* two of 2897"),
@@ -177,3 +178,15 @@ def test_zero_is_the_lower_sign():
     out = q(torch.zeros(1, 2, 32))
     assert int(out.ids.max()) == 0
     assert float(out.codes.max()) == -1
+
+
+def test_ids_of_a_single_scale_come_back():
+    q = build("multiscale", scales=[4], blend=0.0).eval()
+    ids = torch.arange(32).reshape(2, 16)
+    assert torch.equal(q.codes_to_ids(q.ids_to_codes(ids)), ids)
+
+
+def test_scales_that_overlap_do_not_pretend_to_be_invertible():
+    q = build("multiscale").eval()
+    with pytest.raises(ValueError, match="do not determine their ids. Keep the ids"):
+        q.codes_to_ids(q.ids_to_codes(q(features(q)).ids))

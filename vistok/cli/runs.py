@@ -158,8 +158,8 @@ def bench_tokenizer(
 @bench.command("quantizers")
 def bench_quantizers(
     kinds: Annotated[str, typer.Option(help="Registered names or labels, separated by commas; all by default.")] = "",
-    steps: Annotated[int, typer.Option(min=1, help="Training steps of each.")] = 600,
-    batch: Annotated[int, typer.Option(min=1, help="Crops per step.")] = 64,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of each.")] = 500,
+    batch: Annotated[int, typer.Option(min=1, help="Crops per step.")] = 32,
     seed: Annotated[int, typer.Option(help="Of weights and crops.")] = 0,
     photos: Annotated[Path | None, typer.Option(help="Folder of JPEG files; the bundled ones by default.")] = None,
     out: Annotated[Path | None, typer.Option(help="JSON file for the result; replaced if it exists.")] = None,

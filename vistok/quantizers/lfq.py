@@ -17,6 +17,11 @@ LARGEST_DISTRIBUTION = 22
 """Bits of the largest distribution over codes that is formed (2^22 floats, 16 MB)."""
 
 
+def byte_groups(dim: int) -> int:
+    """Fewest groups of equal size with at most 8 bits each."""
+    return next(g for g in range(-(-dim // 8), dim + 1) if dim % g == 0)
+
+
 class SignQuantizer(Quantizer):
     """A quantizer whose codes are signs of the channels, +-magnitude; zero goes to minus, as in all official codes.
 
@@ -37,7 +42,7 @@ class SignQuantizer(Quantizer):
         if dim // groups > MAX_ID_BITS:
             raise ValueError(
                 f"{dim // groups} bits do not fit into one int64 id (at most {MAX_ID_BITS}). "
-                f"Set groups={-(-dim // 8)}, i.e. one id a byte, or another divisor of {dim}."
+                f"Set groups={byte_groups(dim)}, i.e. {dim // byte_groups(dim)} bits an id, or another divisor."
             )
         if bit_order not in ("little", "big"):
             raise ValueError(f"bit_order is 'little' or 'big', got {bit_order!r}.")
@@ -81,11 +86,10 @@ def require_distribution(kind: str, bits: int, dim: int) -> None:
         ValueError: More than 2^22 codes, with the advice to group.
     """
     if bits > LARGEST_DISTRIBUTION:
-        groups = next((g for g in range(-(-dim // 8), dim) if dim % g == 0), dim)
         raise ValueError(
             f"{kind} with {bits} bits in one group needs a batch distribution over 2^{bits} codes, more than "
             f"2^{LARGEST_DISTRIBUTION}, the largest that is formed. Group the bits: "
-            f"{{name: group_lfq, dim: {dim}, groups: {groups}}}, or use fewer bits."
+            f"{{name: group_lfq, dim: {dim}, groups: {byte_groups(dim)}}}, or use fewer bits."
         )
 
 

@@ -172,8 +172,9 @@ class MultiScaleQuantizer(TableQuantizer):
     def codes_to_ids(self, codes: Tensor) -> Tensor:
         """Ids that decode to the given codes: (B, side^2, D) -> int64 (B, sum p_k^2).
 
-        The scales overlap, so a sum does not always tell its ids. They are searched coarse to fine and decoded again:
-        what is returned is exact.
+        The scales overlap: telling a sum apart into its terms is a search that grows exponentially with the number of
+        ids. The one here goes coarse to fine; it succeeds for a single scale without blend and seldom otherwise. What
+        is found is decoded again, so what is returned is exact. Keep the ids of `forward`: that is the sure way.
 
         Raises:
             ValueError: Wrong shape, or codes whose ids were not found.

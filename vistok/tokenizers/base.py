@@ -312,8 +312,9 @@ class Tokenizer(hub.Saveable, nn.Module):
         if ids.ndim != (2 if len(vocab) == 1 else 3) or (ids.ndim == 3 and ids.shape[-1] != len(vocab)):
             want = "(B, N)" if len(vocab) == 1 else f"(B, N, {len(vocab)})"
             raise ValueError(f"Ids of {self.registry_name} are {want}, got {tuple(ids.shape)}.")
-        top = torch.tensor(vocab, device=ids.device) - 1 if ids.ndim == 3 else vocab[0] - 1
-        if ids.numel() and bool(((ids < 0) | (ids > top)).any()):
+        top = torch.tensor([v - 1 for v in vocab], device=ids.device)  # the size itself, 2^63, may be no int64
+        found = self.quantizer.grouped(ids)
+        if ids.numel() and bool(((found < 0) | (found > top)).any()):
             raise ValueError(
                 f"Ids of {self.registry_name} are 0..{max(vocab) - 1}, got {int(ids.min())}..{int(ids.max())}."
             )
