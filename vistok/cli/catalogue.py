@@ -70,7 +70,7 @@ def _row(entry: Info) -> list[str]:
     numbers = [sizes.get(key, "") for key in ("tokens", "bits per picture", "pixels", "M parameters")]
     what = f"{entry.builder}, trained on {entry.weights.trained_on}" if entry.weights else entry.summary
     if _is_preset(entry) and not entry.weights:
-        what = f"{entry.builder}, untrained"
+        what = f"{entry.builder} with settings of its own"
     published = _figures(entry.weights) if entry.weights else ""
     return [entry.name, what, *numbers, published, entry.weights.hub if entry.weights else ""]
 
