@@ -278,6 +278,14 @@ def test_text_only_prompts_are_left_alone(llava):
         assert torch.equal(hosts.logits(hosts.generate(llava, inputs)), plain)
 
 
+def test_a_prompt_without_pictures_leaves_no_stale_trace(llava):
+    with attach(llava, "fastv", keep=1) as plugin:
+        hosts.generate(llava, hosts.llava_inputs((1,)))
+        hosts.generate(llava, hosts.llava_inputs((0,)))
+        with pytest.raises(RuntimeError, match="no trace yet"):
+            _ = plugin.trace
+
+
 def test_pausing_leaves_new_prompts_alone(llava):
     inputs = hosts.llava_inputs((1,))
     plain = hosts.logits(hosts.generate(llava, inputs))

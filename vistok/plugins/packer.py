@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vistok.compress.method import FeatureMethod
-from vistok.compress.methods.mustdrop import MustDrop
+from vistok.compress.method import FeatureMethod, TowerMethod
 from vistok.compress.reduction import Reduction, pack, take
 from vistok.compress.signals import Signals
 from vistok.plugins.families.base import PIXELS, Block, Entry, entry, square
@@ -123,7 +122,7 @@ Encoded = tuple[dict[str, Any], dict[str, list[Entry]], dict[str, list[int]], li
 def _compressed(runtime: Runtime, kwargs: dict[str, Any], masks: dict[str, Tensor]) -> Encoded:
     """Encoder outputs with fewer tokens, the images one by one, and their full sizes."""
     family, method = runtime.family, runtime.method
-    if isinstance(method, MustDrop):
+    if isinstance(method, TowerMethod):  # it merges inside the tower, else the prompt would not be shortened
         merged, images, lengths = family.encode_merged(runtime.model, kwargs, method)
         return merged, images, lengths, [[square(n)] for n in lengths.get("image", [])]
     assert isinstance(method, FeatureMethod)

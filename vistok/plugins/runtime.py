@@ -105,9 +105,10 @@ class Runtime:
             self.call = getattr(cache, ATTRIBUTE, None)
         else:
             self.call = self._begin(prompt, kwargs, handover)
+        if not used or self.call is not None:
+            self.last = self.call  # a new prompt without pictures leaves no trace of the one before
         if self.call is None:
             return None
-        self.last = self.call
         self.call.prefill = not used
         self.call.memo = {}
         if self.call.prefill and self.evicted and cache is not None:

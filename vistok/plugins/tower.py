@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vistok.compress.methods.mustdrop import MustDrop
+from vistok.compress.method import TowerMethod
 from vistok.compress.reduction import Reduction
 from vistok.plugins.handle import Handle
 
@@ -23,7 +23,7 @@ class TowerWork:
         class_row: Attention of the class token in the last block, mean over heads, (B, N).
     """
 
-    def __init__(self, method: MustDrop) -> None:
+    def __init__(self, method: TowerMethod) -> None:
         self.method = method
         self.reduction: Reduction | None = None
         self.class_row: Tensor | None = None
@@ -50,7 +50,7 @@ class TowerWork:
 
 
 @contextlib.contextmanager
-def working(tower: Any, method: MustDrop) -> Iterator[TowerWork]:
+def working(tower: Any, method: TowerMethod) -> Iterator[TowerWork]:
     """Do the tower's part of a method inside the block.
 
     Raises:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vistok.compress.budget import Budget, HostShape
 from vistok.compress.merge import merge_windows, window_similarity, windows
-from vistok.compress.method import Decision, ScheduledMethod, Stage
+from vistok.compress.method import Decision, ScheduledMethod, Stage, TowerMethod
 from vistok.compress.reduction import Reduction, pack
 from vistok.compress.select import segment_sum
 from vistok.compress.view import View
@@ -18,7 +18,7 @@ from vistok.registry import preset, register
 
 
 @register("method", "mustdrop")
-class MustDrop(ScheduledMethod):
+class MustDrop(ScheduledMethod, TowerMethod):
     """Three stages under one key set of tokens that never go.
 
     *Tower*: after its first block, 3x3 windows of mean cosine >= 0.8 become their mean; the 8 % of tokens that the

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vistok.compress.budget import HostShape
-from vistok.compress.methods.mustdrop import MustDrop
+from vistok.compress.method import TowerMethod
 from vistok.compress.reduction import Reduction
 from vistok.registry import list_names, registry
 
@@ -204,7 +204,7 @@ class Family:
         )
 
     def encode_merged(
-        self, model: Any, kwargs: dict[str, Any], method: MustDrop
+        self, model: Any, kwargs: dict[str, Any], method: TowerMethod
     ) -> tuple[dict[str, Any], dict[str, list[Entry]], dict[str, list[int]]]:
         """Run the tower while a method merges patches inside it.
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vistok.compress.grid import fit_grid
-from vistok.compress.methods.mustdrop import MustDrop
+from vistok.compress.method import TowerMethod
 from vistok.compress.reduction import Reduction
 from vistok.plugins.families.base import Block, Entry, Family, entry, square
 from vistok.plugins.tower import working
@@ -42,7 +42,7 @@ class Llava(Family):
         return self.encode(model, {**kwargs, "pixel_values": resized}, interpolate_pos_encoding=True), blocks
 
     def encode_merged(
-        self, model: Any, kwargs: dict[str, Any], method: MustDrop
+        self, model: Any, kwargs: dict[str, Any], method: TowerMethod
     ) -> tuple[dict[str, Any], dict[str, list[Entry]], dict[str, list[int]]]:
         """Pictures one by one, so that each merges as its own content says; under `reference` all in one batch."""
         pixels: Tensor = kwargs["pixel_values"]
@@ -62,7 +62,7 @@ class Llava(Family):
         return {"image": output}, {"image": entries}, {"image": sizes}
 
 
-def _places(merged: Reduction | None, i: int, count: int, method: MustDrop) -> Reduction:
+def _places(merged: Reduction | None, i: int, count: int, method: TowerMethod) -> Reduction:
     """Placeholders that the features of picture i take; merged-first order has no places of its own."""
     if merged is None or method.reference:
         index = torch.arange(count).unsqueeze(0)
