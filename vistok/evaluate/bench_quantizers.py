@@ -327,12 +327,11 @@ def _psnr(model: _Autoencoder, test: Tensor) -> float:
 
 def make_table(result: Result) -> Table:
     """The result as a rich table, best reconstruction first."""
-    from rich import box
     from rich.table import Table
 
     title = f"Quantizers on 8x8 photo patches, {result.steps} steps, {result.photos[1]} held-out photographs"
     caption = "* recommended: at least 90 % of the ids in use"
-    table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, pad_edge=False)  # fits 80 columns
+    table = Table(title=title, caption=caption, box=None, pad_edge=False)  # fits 80 columns
     table.add_column("quantizer", no_wrap=True)
     for name in ("bits", "PSNR\ndB", "usage\n%", "perp-\nlexity", "train\ns", "step\nms", "peak\nMB"):
         table.add_column(name, justify="right", no_wrap=True)
