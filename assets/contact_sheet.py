@@ -1,6 +1,6 @@
 """Draw assets/photos.jpg, the contact sheet of the bundled photographs.
 
-    python assets/contact_sheet.py
+Run: python assets/contact_sheet.py
 """
 
 from __future__ import annotations

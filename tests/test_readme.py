@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 import vistok
+from tests.plugins import hosts
 from vistok.cli import run
 
 REPOSITORY = Path(__file__).parents[1]
@@ -94,9 +95,9 @@ def test_the_python_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     load = vistok.load
     local = "runs/quickstart/tokenizer"  # stands in for the hub
     monkeypatch.setattr(vistok, "load", lambda source: load(source if Path(source).exists() else local))
-    assert len(blocks("python")) >= 2
+    assert len(blocks("python")) >= 3
     for block in blocks("python"):
-        exec(compile(block, "README.md", "exec"), {})
+        exec(compile(block, "README.md", "exec"), {"model": hosts.llava(), "inputs": hosts.llava_inputs()})
 
 
 def test_recipes_that_are_named_exist() -> None:
