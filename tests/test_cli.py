@@ -491,3 +491,16 @@ def test_ctrl_c_is_one_line_and_130(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=30)
     assert (process.returncode, err) == (130, "Error: Interrupted.\n")
+
+
+def test_bench_vlm_prints_every_method_at_every_budget(tmp_path, capsys):
+    out = tmp_path / "vlm.json"
+    words = ["bench", "vlm", "--method", "random", "--keep", "0.5", "--image-tokens", "16", "--rounds", "1"]
+    assert run([*words, "--out", str(out)]) == 0
+    assert "random" in capsys.readouterr().out
+    assert json.loads(out.read_text())["rows"]
+
+
+def test_bench_vlm_names_a_budget_that_is_no_number(capsys):
+    assert run(["bench", "vlm", "--keep", "half"]) == 2
+    assert "got 'half'" in capsys.readouterr().err

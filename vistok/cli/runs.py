@@ -177,6 +177,33 @@ def bench_quantizers(
     _write_json(out, result.as_dict())
 
 
+@bench.command("vlm")
+def bench_vlm(
+    method: Annotated[str, typer.Option(help="Registered methods, separated by commas.")] = "random,fastv,transprune",
+    keep: Annotated[str, typer.Option(help="Shares of image tokens that stay, separated by commas.")] = "0.75,0.5,0.25",
+    image_tokens: Annotated[int, typer.Option(min=4, help="Image tokens of the prompt.")] = 576,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed rounds after one warm-up.")] = 5,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's own number by default.")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file for the result; replaced if it exists.")] = None,
+) -> None:
+    """Prefill and decode of a random LLaVA of 12 layers x 768, with and without token compression."""
+    from vistok.evaluate import bench_vlm as module
+
+    shares = [_share(text) for text in files.listed(keep)]
+    result = module.run(
+        methods=files.listed(method), keep=shares, image_tokens=image_tokens, rounds=rounds, threads=threads
+    )
+    typer.echo(module.table(result))
+    _write_json(out, result.to_dict())
+
+
+def _share(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"--keep takes numbers in (0, 1] separated by commas, got {text!r}.") from None
+
+
 def _write_json(path: Path | None, content: Mapping[str, Any]) -> None:
     if path is not None:
         import json
