@@ -16,7 +16,6 @@ from vistok.evaluate.run import EvalResult, evaluate, flat_cells
 from vistok.image import Preprocess, to_tensor
 from vistok.quantizers.base import Quantized, Quantizer
 from vistok.tokenizers.base import Tokenizer
-from vistok.tokens import Tokens
 
 
 class Levels(Quantizer):
@@ -161,12 +160,12 @@ def test_progress_counts_pictures(flat: list[Path], tmp_path: Path) -> None:
 
 
 def test_continuous_latents_have_neither_usage_nor_bits(tmp_path: Path, photos: list[Path]) -> None:
-    class Continuous(Cells):
-        def tokenize(self, images: Tensor, **_: Any) -> Any:
-            tokens = Tokens(ids=None, codes=self.encode_features(images))
-            return tokens, None
+    class Greys(Levels):
+        def mode(self, z: Tensor) -> Tensor:
+            return z
 
-    model = Continuous()
+    model = Cells()
+    model.quantizer = Greys()
     model.quantizer.vocab_sizes = ()
     found = evaluate(model, photos[:2], metrics=("psnr",), out=tmp_path)
     assert (found.usage, found.rate) == ({}, {"tokens_per_picture": 64})

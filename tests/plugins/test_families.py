@@ -14,6 +14,8 @@ from vistok.plugins.families.base import Family
 from vistok.registry import register
 
 NAMES = list(zoo.HOSTS)
+NOISE = 5e-5
+"""Float32 noise between equal computations in another order; InternVL's random host reaches 2.4e-5 on some machines."""
 STAGES = {"prefill": ("fastv", {"layers": [1]}), "features": ("pool", {}), "decode": ("snapkv", {"window": 3})}
 RAGGED: list[tuple[int, zoo.Sample]] = [(1, [("image", 2)]), (2, [("image", 1), ("image", 3)]), (3, [])]
 
@@ -56,7 +58,7 @@ def test_ragged_padded_batch_equals_single_samples(name, stage):
         images = plugin.trace.image
         for row, sample in enumerate(batch):
             alone = logits_of(found, found.prompt([sample]))
-            torch.testing.assert_close(together[row], alone[0], atol=2e-5, rtol=0)
+            torch.testing.assert_close(together[row], alone[0], atol=NOISE, rtol=0)
             if sample[1]:
                 assert [layer[row] for layer in images] == [layer[0] for layer in plugin.trace.image]
 
@@ -72,7 +74,7 @@ def test_removing_equals_masking(name, method, config, attn):
         call = plugin.runtime.last
     tokens = out.sequences[:, inputs["input_ids"].shape[1] :]
     expected = hosts.emulate(found.model, inputs, call, tokens, found.family)
-    torch.testing.assert_close(hosts.logits(out), expected, atol=2e-5, rtol=0)
+    torch.testing.assert_close(hosts.logits(out), expected, atol=NOISE, rtol=0)
 
 
 MATRIX = [

@@ -195,7 +195,7 @@ def test_log_is_cut_back_to_the_checkpoint(tmp_path):
 
 
 def test_time_limit_ends_the_run_and_saves(tmp_path):
-    result = train(recipe(tmp_path, {"train": {"steps": 100_000, "max_seconds": 0.05}}))
+    result = train(recipe(tmp_path, {"train": {"steps": 100_000, "max_seconds": 1.0}, "optim": {"warmup": 0}}))
     assert result.stopped == "time" and 0 < result.step < 100_000
     assert (tmp_path / "tokenizer" / "config.json").is_file()
     assert log.read(tmp_path / log.METRICS)[-1]["lr"] < 1e-3

@@ -100,6 +100,7 @@ class Quantizer(nn.Module):
     A subclass sets the attributes below in its constructor and implements `quantize`, `ids_to_codes` and
     `codes_to_ids`. In training mode `forward` may update statistics and, if torch.distributed is initialised,
     communicates: all processes have to call it. In evaluation mode it changes no state and never communicates.
+    A quantizer of continuous latents (`vocab_sizes` is ()) has `mode(z)` and `draw(z, generator)` besides.
 
     Attributes:
         dim: Channels of the codes, D.
