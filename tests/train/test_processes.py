@@ -87,7 +87,8 @@ def test_two_processes_equal_one_of_twice_the_batch(tmp_path, more, names):
     rows = [log.read(tmp_path / name / log.METRICS) for name in ("one", "two")]
     for key in {key for row in rows[0] for key in row if key.startswith(("loss", "grad_norm"))}:
         one, two = ([row[key] for row in run if key in row] for run in rows)
-        assert two == pytest.approx(one, abs=1e-5, rel=1e-4 if key.startswith("grad") else None), key
+        # relative above 1: R1 is near 70 here, where float32 itself resolves no 1e-5
+        assert two == pytest.approx(one, abs=1e-5, rel=1e-4 if key.startswith("grad") else 1e-5), key
     for name in names:
         one, two = (tiny.weights(tmp_path / n, 20, name) for n in ("one", "two"))
         for key, value in one.items():
