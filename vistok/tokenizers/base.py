@@ -44,7 +44,6 @@ class Tokenizer(hub.Saveable, nn.Module):
 
     Attributes:
         nested: Whether any prefix of the tokens is a valid shorter code.
-        uses_text: Whether decoding is conditioned on captions.
         options: Names of the optional arguments of `encode`/`decode` that this tokenizer understands, out of
             `text`, `size`, `generator`, `steps`, `guidance`. `sample` is understood by all with continuous latents.
         decoder_parts: Names of submodules and parameters that only decoding uses; the model id leaves them out.
@@ -54,7 +53,6 @@ class Tokenizer(hub.Saveable, nn.Module):
     """
 
     nested: ClassVar[bool] = False
-    uses_text: ClassVar[bool] = False
     options: ClassVar[frozenset[str]] = frozenset()
     decoder_parts: ClassVar[tuple[str, ...]] = ("decoder",)
     preprocess: Preprocess
