@@ -44,10 +44,7 @@ def test_four_guided_steps_match_the_official_code(golden, case):
 @pytest.mark.parametrize("name", MODES)
 def test_times_and_noised_data_match_the_official_code(golden, name):
     ref, flow = golden("rectified_flow"), MODES[name]
-    if name == "logit_normal":
-        t = flow.from_normal(ref["draw_normal"])
-    else:
-        t = flow.sample_t(16, draws=ref["draw_uniform"])
+    t = flow.from_normal(ref["draw_normal"]) if name == "logit_normal" else flow.sample_t(16, draws=ref["draw_uniform"])
     torch.testing.assert_close(t, ref[f"sigma_{name}"], atol=1e-6, rtol=0)
     x_t = flow.add_noise(ref[f"clean_{name}"], ref[f"eps_{name}"], ref[f"sigma_{name}"])
     torch.testing.assert_close(x_t, ref[f"xt_{name}"], atol=1e-6, rtol=0)

@@ -4,6 +4,8 @@ Convention of the whole folder: t = 0 is data, t = 1 is noise, x_t = t noise + (
 v = dx/dt = noise - data. A network trained with the opposite sign or direction is wrapped, not the samplers.
 """
 
+from __future__ import annotations
+
 from vistok.flow.guidance import APG, CFG, DualCFG, Guidance
 from vistok.flow.rectified import RectifiedFlow
 from vistok.flow.samplers import (

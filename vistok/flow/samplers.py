@@ -6,8 +6,9 @@ A field is a callable `velocity(x, t)` with a Python number t. With guidance it 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,7 +90,7 @@ class Sampler:
     def _run(self, field: Field, x: Tensor, options: dict[str, Any]) -> Tensor:
         self._refuse(options)
         times = self.times
-        for start, end in zip(times, times[1:]):
+        for start, end in itertools.pairwise(times):
             x = self.step(field, x, start, end)
         return x
 
@@ -165,7 +166,7 @@ class AdamsBashforthSampler(Sampler):
         self._refuse(options)
         times = self.times
         before: tuple[float, Tensor] | None = None
-        for start, end in zip(times, times[1:]):
+        for start, end in itertools.pairwise(times):
             v = field(x, start)
             slope = 0.0 if before is None else (v - before[1]) / (start - before[0])
             x = x + (end - start) * (v + (end - start) / 2 * slope)
@@ -204,7 +205,7 @@ class EulerMaruyamaSampler(Sampler):
         if noises is not None and len(noises) != self.steps - 1:
             raise ValueError(f"{self.steps} steps need {self.steps - 1} noises, got {len(noises)}.")
         times = self.times
-        for i, (start, end) in enumerate(zip(times, times[1:])):
+        for i, (start, end) in enumerate(itertools.pairwise(times)):
             drift = (2 - start) * field(x, start) + x
             x = x + (end - start) * drift
             if i < self.steps - 1:
