@@ -5,17 +5,18 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vistok import hub
-from vistok.config import check_value, create
-from vistok.image import Preprocess, to_tensor
+from vistok.config import create
+from vistok.image import to_tensor
 from vistok.quantizers.base import Quantized, Quantizer
+from vistok.tokenizers.identity import Identified
+from vistok.tokenizers.text import captions_of, one_per_picture
 from vistok.tokens import Tokens
 
 
@@ -36,14 +37,16 @@ class TokenizerOutput:
     extras: dict[str, Tensor] = field(default_factory=dict)
 
 
-class Tokenizer(hub.Saveable, nn.Module):
+class Tokenizer(Identified):
     """Base of all tokenizers.
 
     A subclass builds its `quantizer` in the constructor, sets `preprocess` and `num_tokens`, and implements
     `encode_features` and `decode_codes`; everything users touch is here.
 
     Attributes:
-        nested: Whether any prefix of the tokens is a valid shorter code.
+        nested: Whether any prefix of the tokens is a valid shorter code. `decode_codes` of such a tokenizer takes
+            `lengths` (B,), which it gets where the rows of a batch differ; what lies beyond a row's length must not
+            matter. Otherwise it gets fewer codes, (B, k, quantizer.dim).
         options: Names of the optional arguments of `encode`/`decode` that this tokenizer understands, out of
             `text`, `size`, `generator`, `steps`, `guidance`. `sample` is understood by all with continuous latents.
         decoder_parts: Names of submodules and parameters that only decoding uses; the model id leaves them out.
@@ -52,24 +55,25 @@ class Tokenizer(hub.Saveable, nn.Module):
         num_tokens: Tokens per picture of the preprocessed size, K.
     """
 
-    nested: ClassVar[bool] = False
+    nested: bool = False
     options: ClassVar[frozenset[str]] = frozenset()
-    decoder_parts: ClassVar[tuple[str, ...]] = ("decoder",)
-    preprocess: Preprocess
     quantizer: Quantizer
     num_tokens: int
-    _model_id: str | None = None
 
     # -- what a subclass implements ------------------------------------------------------------------------------
 
-    def encode_features(self, images: Tensor) -> Tensor:
-        """Pictures in [0, 1], (B, 3, H, W) -> features for the quantizer, float32, (B, N, quantizer.in_dim)."""
+    def encode_features(self, images: Tensor, **options: Any) -> Tensor:
+        """Pictures in [0, 1], (B, 3, H, W) -> features for the quantizer, float32, (B, N, quantizer.in_dim).
+
+        `options` holds `text` for the classes that list it in `options`: B captions, features (B, L, D), or None.
+        """
         raise NotImplementedError
 
     def decode_codes(self, codes: Tensor, **options: Any) -> Tensor:
         """Codes (B, N, quantizer.dim) -> pictures around [0, 1], unclamped, (B, 3, H, W).
 
-        `options` holds `grid` for tokens on a grid, and those of `decode` that the class lists in `options`.
+        `options` holds `grid` for tokens on a grid, `lengths` (see `nested`), `text` as for `encode_features`, and the
+        other options of `decode` that the class lists in `options`.
         """
         raise NotImplementedError
 
@@ -86,7 +90,8 @@ class Tokenizer(hub.Saveable, nn.Module):
         Args:
             images: Float tensor in [0, 1] or uint8, (B, 3, H, W); PIL pictures; paths; or a list of these.
             num_tokens: Keep only this many tokens of each row (nested tokenizers only).
-            text: Captions, for tokenizers whose encoder reads them.
+            text: Captions, one per picture or one for all, for tokenizers that read them; also features (B, L, D).
+                Captions go along with the tokens.
             sample: Draw from the posterior instead of taking its mode (continuous latents only).
 
         Raises:
@@ -98,7 +103,7 @@ class Tokenizer(hub.Saveable, nn.Module):
         """
         self._refuse(text=text, sample=sample or None)
         batch = to_tensor(images, self.preprocess).to(self.device)
-        tokens = self._encode(batch, sample=sample)
+        tokens = self._encode(batch, sample=sample, **self._text_option(text, len(batch)))
         return tokens if num_tokens is None else self._prefix(tokens, num_tokens)
 
     @torch.no_grad()
@@ -115,8 +120,9 @@ class Tokenizer(hub.Saveable, nn.Module):
         """Turn tokens, or plain ids (B, N[, G]), into pictures in [0, 1], (B, 3, H, W).
 
         Args:
-            tokens: Tokens of this model, or int64 ids.
-            text: Captions, for tokenizers whose decoder reads them.
+            tokens: Tokens of this model, or int64 ids. A nested tokenizer takes fewer than it makes, also rows of
+                different `lengths` in one padded batch.
+            text: As for `encode`; the captions that came with the tokens if None.
             size: (H, W) of the picture, for tokenizers that decode to several sizes.
             generator: Source of noise, for generative decoders.
             steps: Sampling steps, for generative decoders.
@@ -127,29 +133,63 @@ class Tokenizer(hub.Saveable, nn.Module):
         """
         given = {"text": text, "size": size, "generator": generator, "steps": steps, "guidance": guidance}
         self._refuse(**given)
-        grid = tokens.grid if isinstance(tokens, Tokens) else self.grid
-        codes = self.tokens_to_codes(tokens)
-        kept = {k: v for k, v in given.items() if v is not None} | self._grid_option(grid)
-        return self.decode_codes(codes, **kept).float().clamp(0, 1)
+        grid, lengths = self.grid, None
+        if isinstance(tokens, Tokens):
+            grid, lengths = tokens.grid, tokens.lengths
+            text = tokens.text if text is None and "text" in self.options else text
+        codes, short = self._shortened(self.tokens_to_codes(tokens), lengths)
+        kept = {k: v for k, v in given.items() if v is not None} | self._text_option(text, len(codes))
+        return self.decode_codes(codes, **kept, **short, **self._grid_option(grid)).float().clamp(0, 1)
 
-    def forward(self, images: Tensor, *, generator: torch.Generator | None = None) -> TokenizerOutput:
+    def forward(
+        self,
+        images: Tensor,
+        *,
+        lengths: Tensor | None = None,
+        text: Any = None,
+        generator: torch.Generator | None = None,
+    ) -> TokenizerOutput:
         """Encode, quantise and decode for training; the reconstruction is not clamped.
 
         Args:
             images: Float in [0, 1], (B, 3, H, W).
+            lengths: Tokens of each row that decoding may use, (B,), see `draw_lengths`; all if None. Nested only.
+            text: As for `encode`.
             generator: Source of every random draw.
         """
-        tokens, quantized = self.tokenize(images, generator=generator)
-        rebuilt = self.decode_codes(quantized.codes, **self._grid_option(tokens.grid))
+        option = self._text_option(text, len(images))
+        tokens, quantized = self.tokenize(images, generator=generator, **option)
+        codes, short = self._shortened(quantized.codes, lengths)
+        rebuilt = self.decode_codes(codes, **option, **short, **self._grid_option(tokens.grid))
         return TokenizerOutput(images=rebuilt, tokens=tokens, quantized=quantized)
 
-    def tokenize(self, images: Tensor, *, generator: torch.Generator | None = None) -> tuple[Tokens, Quantized]:
+    def tokenize(
+        self, images: Tensor, *, text: Any = None, generator: torch.Generator | None = None
+    ) -> tuple[Tokens, Quantized]:
         """Encode and quantise a batch (B, 3, H, W) in [0, 1]; the tokens' codes carry the gradient."""
-        size = (images.shape[-2], images.shape[-1])
+        size, option = (images.shape[-2], images.shape[-1]), self._text_option(text, len(images))
         grid = self.grid_for(size)
-        quantized = self.quantizer(self.encode_features(images), grid=grid, generator=generator)
-        vocab = self.quantizer.vocab_sizes
-        return Tokens(ids=quantized.ids, codes=quantized.codes, grid=grid, vocab=vocab, size=size), quantized
+        quantized = self.quantizer(self.encode_features(images, **option), grid=grid, generator=generator)
+        found = Tokens(
+            ids=quantized.ids,
+            codes=quantized.codes,
+            grid=grid,
+            vocab=self.quantizer.vocab_sizes,
+            size=size,
+            text=captions_of(option),
+        )
+        return found, quantized
+
+    def draw_lengths(self, uniform: Tensor) -> Tensor:
+        """Lengths that a nested tokenizer trains with: every one of 1..K alike (tail token drop, arXiv 2501.10064).
+
+        Args:
+            uniform: Independent numbers in [0, 1), float64, one per picture (B,).
+
+        Returns:
+            int64, (B,).
+        """
+        return 1 + (uniform * self.num_tokens).long()
 
     # -- parts ---------------------------------------------------------------------------------------------------
 
@@ -162,54 +202,6 @@ class Tokenizer(hub.Saveable, nn.Module):
     def device(self) -> torch.device:
         """Where the parameters are (or the buffers, of a tokenizer without parameters)."""
         return next(itertools.chain(self.parameters(), self.buffers())).device
-
-    @property
-    def model_id(self) -> str:
-        """8 hex digits that name the encoder-to-ids weights; computed once (in evaluation mode), kept in `config.json`.
-
-        Rounding the weights of a model in evaluation mode (`half()`, `to(torch.bfloat16)`) does not change it.
-        """
-        if self._model_id is not None:
-            return self._model_id
-        inside = {k: v for k, v in self.state_dict().items() if k.split(".")[0] not in self.decoder_parts}
-        found = hub.model_id(inside)
-        if not self.training:  # in training the weights go on changing
-            self._model_id = found
-        return found
-
-    @model_id.setter
-    def model_id(self, value: str) -> None:
-        self._model_id = value
-
-    def extra_config(self) -> dict[str, Any]:
-        """Preprocessing and model id, stored in `config.json`."""
-        return {"preprocess": dataclasses.asdict(self.preprocess), "model_id": self.model_id}
-
-    def restore_extra(self, saved: Mapping[str, Any]) -> None:
-        """Take up the stored preprocessing and model id."""
-        if "preprocess" in saved:
-            found = check_value(saved["preprocess"], Preprocess, "preprocess")
-            if found.size != self.preprocess.size:
-                raise hub.LoadError(
-                    f"The stored preprocessing gives pictures of {found.size} (H, W), but the model's configuration is "
-                    f"for {self.preprocess.size}. Make them agree in config.json."
-                )
-            self.preprocess = found
-        if "model_id" in saved:
-            self.model_id = check_value(saved["model_id"], str, "model_id")
-
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As `nn.Module.load_state_dict`; forgets the model id, which belongs to the old weights."""
-        self._model_id = None
-        return super().load_state_dict(*args, **kwargs)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """What `to`, `half` and the like go through: the float32 weights give the name, before they are rounded."""
-        first = next(self.parameters(), None)
-        exact = first is not None and first.dtype == torch.float32 and not self.training and not first.is_meta
-        if exact and fn(first.detach().new_empty(0)).dtype != torch.float32:
-            _ = self.model_id
-        return super()._apply(fn, recurse)
 
     def resized(self, size: tuple[int, int]) -> Tokenizer:
         """The same weights for pictures of another size.
@@ -233,12 +225,6 @@ class Tokenizer(hub.Saveable, nn.Module):
     def _resized_state(self, other: Any) -> dict[str, Tensor]:
         """This model's state dict for `other`, which has another picture size; position tables are interpolated."""
         return self.state_dict()
-
-    def train(self, mode: bool = True) -> Tokenizer:
-        """Switch to training; forgets the model id, since weights are about to change."""
-        if mode:
-            self._model_id = None
-        return super().train(mode)
 
     def check_tokens(self, tokens: Tokens) -> None:
         """Refuse tokens that this model cannot decode.
@@ -273,17 +259,32 @@ class Tokenizer(hub.Saveable, nn.Module):
             return tokens.codes
         return self.quantizer.ids_to_codes(tokens.ids, grid=tokens.grid)  # type: ignore[arg-type]
 
-    def _encode(self, batch: Tensor, *, sample: bool) -> Tokens:
+    def _encode(self, batch: Tensor, *, sample: bool, **option: Any) -> Tokens:
         if not self.quantizer.vocab_sizes:
-            return self._encode_continuous(batch, sample=sample)
-        return self.tokenize(batch)[0]
+            return self._encode_continuous(batch, sample=sample, **option)
+        return self.tokenize(batch, **option)[0]
 
-    def _encode_continuous(self, batch: Tensor, *, sample: bool) -> Tokens:
+    def _encode_continuous(self, batch: Tensor, *, sample: bool, **option: Any) -> Tokens:
         size = (batch.shape[-2], batch.shape[-1])
-        features = self.encode_features(batch)
+        features = self.encode_features(batch, **option)
         latent: Any = self.quantizer  # continuous quantizers have both, whatever the mode
         codes = latent.draw(features) if sample else latent.mode(features)
-        return Tokens(ids=None, codes=codes, grid=self.grid_for(size), size=size)
+        return Tokens(ids=None, codes=codes, grid=self.grid_for(size), size=size, text=captions_of(option))
+
+    def _text_option(self, text: Any, batch: int) -> dict[str, Any]:
+        """`{"text": ...}` for `encode_features` and `decode_codes` of a tokenizer that reads text, else nothing."""
+        self._refuse(text=text)
+        return {"text": one_per_picture(text, batch)} if "text" in self.options else {}
+
+    def _shortened(self, codes: Tensor, lengths: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Codes (B, N, D) cut to the longest row, and `lengths` for `decode_codes` if rows differ."""
+        if lengths is None or not len(lengths):
+            return codes, {}
+        shortest, longest = int(lengths.min()), int(lengths.max())
+        if shortest < 1 or longest > codes.shape[1] or (shortest < codes.shape[1] and not self.nested):
+            allowed = f"1..{codes.shape[1]}" if self.nested else f"always {codes.shape[1]}"
+            raise ValueError(f"Lengths of {self.registry_name} are {allowed}, got {shortest}..{longest}.")
+        return codes[:, :longest], {} if shortest == longest else {"lengths": lengths.to(codes.device)}
 
     @staticmethod
     def _grid_option(grid: tuple[int, ...] | None) -> dict[str, Any]:

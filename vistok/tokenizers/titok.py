@@ -107,8 +107,11 @@ class TiTokDecoder(nn.Module):
         self.transformer = Transformer(width, size.depth, size.heads)
         self.norm_post = nn.LayerNorm(width)
 
-    def forward(self, codes: Tensor, context: Tensor | None = None) -> Tensor:
-        """Codes (B, K, in_dim), optional context tokens (B, L, D) -> patch features (B, h * w, D)."""
+    def forward(self, codes: Tensor, context: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
+        """Codes (B, K, in_dim), optional context tokens (B, L, D) -> patch features (B, h * w, D).
+
+        Fewer codes than were trained are a shorter sequence; none attends to codes beyond a row's `lengths` (B,).
+        """
         x = self.embed(codes.to(self.embed.weight.dtype))
         x = x + self.latent_position[: x.shape[1]]  # (B, K, D)
         patches = self.position.shape[0] - 1
@@ -116,7 +119,11 @@ class TiTokDecoder(nn.Module):
         # Masks and positions do not depend on the picture, so their layer norm is computed once for the batch.
         masks = self.norm_pre(masks).to(x.dtype).expand(x.shape[0], -1, -1)
         rest = self.norm_pre(x if context is None else torch.cat([x, context.to(x.dtype)], dim=1))
-        x = self.transformer(torch.cat([masks, rest], dim=1), rows=slice(1, 1 + patches))  # (B, h * w, D)
+        valid = None
+        if lengths is not None:
+            valid = torch.ones(len(x), 1 + patches + rest.shape[1], dtype=torch.bool, device=x.device)
+            valid[:, 1 + patches :][:, : x.shape[1]] = torch.arange(x.shape[1], device=x.device) < lengths.unsqueeze(1)
+        x = self.transformer(torch.cat([masks, rest], dim=1), rows=slice(1, 1 + patches), valid=valid)  # (B, h * w, D)
         return self.norm_post(x)
 
 
@@ -305,25 +312,32 @@ class TwoStageTiTok(_TiTokBase):
             own.copy_(table)
         self.pixel_decoder.load_state_dict(proxy.decoder.state_dict())
 
-    def decode_logits(self, codes: Tensor) -> Tensor:
+    def decode_logits(self, codes: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Codes (B, K, quantizer.dim) -> logits over the proxy codes, (B, h * w, V)."""
-        return self.head(self.decoder(codes))
+        return self.head(self.decoder(codes, lengths=lengths))
 
     def logits_to_pixels(self, logits: Tensor) -> Tensor:
         """Proxy logits (B, h * w, V) -> pictures, unclamped, (B, 3, H, W)."""
         soft = logits.float().softmax(-1).to(self.pixel_codebook.weight.dtype) @ self.pixel_codebook.weight
         return self.pixel_decoder(to_map(soft, self.decoder.grid))
 
-    def decode_codes(self, codes: Tensor) -> Tensor:
+    def decode_codes(self, codes: Tensor, *, lengths: Tensor | None = None) -> Tensor:
         """Codes (B, K, quantizer.dim) -> pictures, unclamped, (B, 3, H, W)."""
-        return self.logits_to_pixels(self.decode_logits(codes))
+        return self.logits_to_pixels(self.decode_logits(codes, lengths))
 
     def forward(
-        self, images: Tensor, *, pixels: bool = True, generator: torch.Generator | None = None
+        self,
+        images: Tensor,
+        *,
+        lengths: Tensor | None = None,
+        text: None = None,
+        generator: torch.Generator | None = None,
+        pixels: bool = True,
     ) -> TokenizerOutput:
         """As `Tokenizer.forward`, with `extras["logits"]`; without `pixels` (stage 1) the pixel decoder is skipped."""
-        tokens, quantized = self.tokenize(images, generator=generator)
-        logits = self.decode_logits(quantized.codes)
+        tokens, quantized = self.tokenize(images, text=text, generator=generator)
+        codes, short = self._shortened(quantized.codes, lengths)
+        logits = self.decode_logits(codes, **short)
         rebuilt = self.logits_to_pixels(logits) if pixels else None
         return TokenizerOutput(images=rebuilt, tokens=tokens, quantized=quantized, extras={"logits": logits})
 

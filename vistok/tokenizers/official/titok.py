@@ -61,6 +61,17 @@ def _model(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Mapping[
     }
 
 
+def _is_nested(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a two-stage checkpoint is One-D-Piece (turingmotors/One-D-Piece), whose keys are the same.
+
+    Its configurations say so; of the published files without one, those with 256 tokens are.
+    """
+    if not config:
+        return tensors["latent_tokens"].shape[0] == 256
+    relaxed = not _section(config, "model", "vq_model").get("strict_length_assertion", True)
+    return relaxed or _section(config, "model").get("type") == "one_d_piece"
+
+
 def _image_size(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> int:
     if config:
         return int(_section(config, "dataset", "preprocessing").get("crop_size", 256))
@@ -109,7 +120,8 @@ def convert(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Convert
         ours["legacy_layout"] = bool(model.get("is_legacy", True))
         ours["proxy_codes"], ours["proxy_dim"] = tensors["pixel_quantize.embedding.weight"].shape
         ours["pixel_channels"] = tensors["pixel_decoder.conv_out.weight"].shape[1]
-        return "titok_two_stage", ours, rename(kept, (*RULES, *TWO_STAGE_HEAD))
+        builder = "one_d_piece" if _is_nested(config, tensors) else "titok_two_stage"
+        return builder, ours, rename(kept, (*RULES, *TWO_STAGE_HEAD))
     if model.get("is_legacy", True):
         raise LoadError(
             "A single-stage TiTok checkpoint with the legacy layout was never published and is not supported."

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from vistok.config import create
-from vistok.data.base import Batch
+from vistok.data.base import Batch, keyed
 from vistok.quantizers.base import Quantized
 
 
@@ -90,6 +90,31 @@ class Part:
     terms: Mapping[str, Tensor]
     stats: Mapping[str, Tensor] = field(default_factory=dict)
     weights: Mapping[str, float] = field(default_factory=dict)
+
+
+LengthsPer = Literal["sample", "step"]
+
+
+def tokenizer_options(model: Any, batch: Batch, step: int, lengths: LengthsPer = "sample") -> dict[str, Any]:
+    """What a tokenizer's `forward` takes besides pictures: random lengths if it is nested, captions if it reads text.
+
+    Args:
+        model: The tokenizer, without wrappers.
+        batch: This process's samples.
+        step: Step of the run.
+        lengths: A length for every sample, keyed by (seed, step, sample), or one for all samples of a step. Either way
+            it depends neither on the process nor on accumulation.
+    """
+    options: dict[str, Any] = {}
+    if model.nested:
+        if lengths == "sample":
+            uniform = batch.uniform("lengths")[:, 0]
+        else:
+            uniform = torch.full((len(batch),), keyed(batch.seed, "lengths", step).random(), dtype=torch.float64)
+        options["lengths"] = model.draw_lengths(uniform)
+    if "text" in model.options:
+        options["text"] = batch.text
+    return options
 
 
 def quantizer_stats(quantized: Quantized) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vistok.data.base import Batch
 from vistok.registry import register
-from vistok.train.steps.base import Losses, Part, Step, quantizer_stats
+from vistok.train.steps.base import LengthsPer, Losses, Part, Step, quantizer_stats, tokenizer_options
 
 
 @register("step", "distil")
@@ -24,12 +24,13 @@ class Distil(Step):
 
     Args:
         proxy: The proxy tokenizer: a preset with weights, a folder or a file, as `vistok.load` takes it.
+        lengths: A nested tokenizer decodes a random prefix of every `sample`, or prefixes of one length in a `step`.
     """
 
     own_losses: ClassVar[tuple[str, ...]] = ("proxy", "quantizer")
 
-    def __init__(self, *, proxy: str) -> None:
-        self.proxy = proxy
+    def __init__(self, *, proxy: str, lengths: LengthsPer = "sample") -> None:
+        self.proxy, self.lengths = proxy, lengths
 
     def setup(self, model: nn.Module, losses: Losses) -> None:
         """Take the model and load the proxy.
@@ -55,14 +56,15 @@ class Distil(Step):
         model.take_pixel_decoder(proxy)
         for part in (model.pixel_codebook, model.pixel_decoder, proxy):
             part.requires_grad_(False)
-        self.helpers["proxy"] = proxy
+        self.helpers["proxy"], self.bare = proxy, model
 
     def run(self, batch: Batch, step: int, generator: torch.Generator) -> Iterator[Part]:
         """One part, `model`, with the share of codes guessed right as `proxy/accuracy`. See `Step.run`."""
         proxy, losses = self.helpers["proxy"], self.helpers["losses"]
         with torch.no_grad():
             target = proxy.tokenize(batch.images)[0].ids  # (B, h * w)
-        out = self.trained["model"](batch.images, pixels=False, generator=generator)
+        options = tokenizer_options(self.bare, batch, step, self.lengths)
+        out = self.trained["model"](batch.images, pixels=False, generator=generator, **options)
         logits: Tensor = out.extras["logits"].float()  # (B, h * w, V)
         terms = {"proxy": F.cross_entropy(logits.flatten(0, 1), target.flatten()), "quantizer": out.quantized.loss}
         weights = {name: losses.weight(name, step) for name in terms}  # type: ignore[operator]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vistok.data.base import Batch
 from vistok.registry import nearest, register
-from vistok.train.steps.base import Losses, Part, Step, quantizer_stats
+from vistok.train.steps.base import LengthsPer, Losses, Part, Step, quantizer_stats, tokenizer_options
 
 
 @register("step", "reconstruct")
@@ -19,14 +19,15 @@ class Reconstruct(Step):
 
     Args:
         quantizer_weights: Weights of the quantizer's loss terms, instead of its published defaults.
+        lengths: A nested tokenizer decodes a random prefix of every `sample`, or prefixes of one length in a `step`.
     """
 
     own_losses: ClassVar[tuple[str, ...]] = ("quantizer",)
     rebuilt: Tensor
     """Reconstruction of the last forward pass, (B, 3, H, W), float32, for steps that build on this one."""
 
-    def __init__(self, *, quantizer_weights: dict[str, float] | None = None) -> None:
-        self.quantizer_weights = quantizer_weights or {}
+    def __init__(self, *, quantizer_weights: dict[str, float] | None = None, lengths: LengthsPer = "sample") -> None:
+        self.quantizer_weights, self.lengths = quantizer_weights or {}, lengths
 
     def setup(self, model: torch.nn.Module, losses: Losses) -> None:
         """Take a tokenizer and the losses.
@@ -42,10 +43,12 @@ class Reconstruct(Step):
             if name not in weights:
                 raise ValueError(f"train.step.quantizer_weights.{name}: no such term. {nearest(name, weights)}")
         weights.update(self.quantizer_weights)
+        self.bare = model
 
     def run(self, batch: Batch, step: int, generator: torch.Generator) -> Iterator[Part]:
         """One part, `model`. See `Step.run`."""
-        out = self.trained["model"](batch.images, generator=generator)
+        options = tokenizer_options(self.bare, batch, step, self.lengths)
+        out = self.trained["model"](batch.images, generator=generator, **options)
         self.rebuilt = out.images.float()
         losses: Losses = self.helpers["losses"]  # type: ignore[assignment]
         terms: dict[str, Tensor] = losses(self.rebuilt, batch.images, step)

@@ -12,7 +12,7 @@ from vistok.config import Of, Spec, create
 from vistok.data.base import Batch
 from vistok.losses.adversarial import GanLoss, adaptive_weight, r1_penalty
 from vistok.registry import register
-from vistok.train.steps.base import Losses, Part
+from vistok.train.steps.base import LengthsPer, Losses, Part
 from vistok.train.steps.reconstruct import Reconstruct
 
 
@@ -47,6 +47,7 @@ class ReconstructGan(Reconstruct):
         r1_gamma: Weight of the R1 penalty on originals; 0 for none.
         r1_every: Steps between penalties; the weight is multiplied by it.
         quantizer_weights: Weights of the quantizer's loss terms, instead of its published defaults.
+        lengths: As in `reconstruct`.
     """
 
     parts: ClassVar[tuple[str, ...]] = ("model", "discriminator")
@@ -61,8 +62,9 @@ class ReconstructGan(Reconstruct):
         r1_gamma: float = 0.0,
         r1_every: int = 16,
         quantizer_weights: dict[str, float] | None = None,
+        lengths: LengthsPer = "sample",
     ) -> None:
-        super().__init__(quantizer_weights=quantizer_weights)
+        super().__init__(quantizer_weights=quantizer_weights, lengths=lengths)
         self.specs = {"discriminator": discriminator, "gan": gan}
         self.adaptive, self.r1_gamma, self.r1_every = adaptive, r1_gamma, r1_every
 
@@ -86,7 +88,7 @@ class ReconstructGan(Reconstruct):
             raise ValueError(f"train.step.discriminator: {self.specs['discriminator']['name']!r} is no discriminator.")
         if self.adaptive and not hasattr(model, "last_layer"):
             raise ValueError(f"train.step.adaptive: {type(model).__name__} does not say which layer is its last.")
-        self.model, self.net = model, net
+        self.net = net
         self.trained["discriminator"] = Judge(net)
         self.helpers["gan"] = gan
 
@@ -107,7 +109,7 @@ class ReconstructGan(Reconstruct):
         self.net.requires_grad_(True)
         stats = dict(part.stats)
         if self.adaptive:
-            ratio = adaptive_weight(part.loss, adversarial, self.model.last_layer)  # type: ignore[arg-type]
+            ratio = adaptive_weight(part.loss, adversarial, self.bare.last_layer)  # type: ignore[arg-type]
             stats["adaptive_weight"] = ratio
             adversarial = adversarial * ratio
         terms, weights = {**part.terms, "adversarial": adversarial}, {**part.weights, "adversarial": weight}
