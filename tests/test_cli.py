@@ -196,6 +196,59 @@ def test_two_files_for_one_result_are_refused(capsys: Any, model: str, pictures:
     assert not (tmp_path / "out").exists()
 
 
+# -- nested tokenizers ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def nested(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a tiny random nested tokenizer: 1..16 tokens of 8 bits, 64 x 64 pixels."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("nested")
+    return str(vistok.create("tokenizer", "one_d_piece_tiny").eval().save_pretrained(folder))
+
+
+@pytest.mark.parametrize(("option", "value"), [("--tokens", 5), ("--bytes", 5)])
+def test_a_budget_of_tokens_or_bytes_is_kept(
+    capsys: Any, nested: str, pictures: Path, tmp_path: Path, option: str, value: int
+) -> None:
+    ran(capsys, "encode", nested, pictures, "--out", tmp_path / "out", option, value)
+    assert [f.stat().st_size for f in (tmp_path / "out").rglob("*.vtok")] == [21, 21]
+    ran(capsys, "decode", nested, tmp_path / "out", "--out", tmp_path / "back")
+    assert (tmp_path / "back" / "inner" / "cup.png").is_file()
+
+
+def test_a_quality_is_reached_with_lengths_of_their_own(
+    capsys: Any, nested: str, pictures: Path, tmp_path: Path
+) -> None:
+    said = ran(capsys, "encode", nested, pictures, "--out", tmp_path / "low", "--psnr", "1")
+    assert {f.stat().st_size for f in (tmp_path / "low").rglob("*.vtok")} == {17}
+    said = ran(capsys, "encode", nested, pictures, "--out", tmp_path / "high", "--psnr", "60")
+    assert "2 pictures stay below 60 dB with all 16 tokens" in said
+
+
+def test_several_token_counts_make_a_ladder(capsys: Any, nested: str, pictures: Path, tmp_path: Path) -> None:
+    said = ran(capsys, "reconstruct", nested, pictures, "--out", tmp_path / "out", "--tokens", "1,4, 16")
+    names = sorted(f.relative_to(tmp_path / "out").as_posix() for f in (tmp_path / "out").rglob("*.png"))
+    assert names == sorted([f"{n}.{k}.png" for n in ("cat", "inner/cup") for k in (1, 4, 16)] + ["ladder.png"])
+    assert f"compare them in {tmp_path}/out/ladder.png" in said
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "expected"),
+    [
+        ("encode", ("--tokens", 4, "--psnr", 20), "--tokens, --bytes and --psnr exclude each other"),
+        ("encode", ("--tokens", 17), "num_tokens is 1..16 for this tokenizer, got 17"),
+        ("encode", ("--caption", "a cat"), "one_d_piece has no option 'text'"),
+        ("reconstruct", ("--tokens", "1,x"), "--tokens takes integers separated by commas"),
+        ("reconstruct", ("--tokens", "1,99"), "num_tokens is 1..16 for this tokenizer, got 99"),
+    ],
+)
+def test_options_that_do_not_fit_are_one_line(
+    capsys: Any, nested: str, pictures: Path, tmp_path: Path, command: str, options: Any, expected: str
+) -> None:
+    assert expected in failed(capsys, command, nested, pictures, "--out", tmp_path / "out", *options)
+
+
 # -- eval, train, bench --------------------------------------------------------------------------------------------
 
 

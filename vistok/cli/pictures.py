@@ -21,6 +21,7 @@ Out = Annotated[Path, typer.Option(help="Folder for the results.")]
 Batch = Annotated[int, typer.Option(min=1, help="Pictures at once.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; the first GPU if there is one by default.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace results that exist.")]
+Caption = Annotated[str | None, typer.Option(help="Caption of the pictures, for tokenizers that read text.")]
 GRID_PAIRS = 16
 
 
@@ -29,6 +30,11 @@ def encode(
     sources: Sources,
     out: Out,
     tokens: Annotated[int | None, typer.Option(min=1, help="Tokens per picture, for nested tokenizers.")] = None,
+    size: Annotated[
+        int | None, typer.Option("--bytes", min=1, help="Most bytes of ids per picture (the header adds 16).")
+    ] = None,
+    psnr: Annotated[float | None, typer.Option(help="Fewest tokens that reach this many dB, per picture.")] = None,
+    caption: Caption = None,
     batch: Batch = 16,
     device: Device = "",
     overwrite: Overwrite = False,
@@ -36,29 +42,45 @@ def encode(
     """Turn pictures into .vtok files, one each."""
     from vistok import tokens as container
     from vistok.cli.show import progress
+    from vistok.evaluate import lengths
+    from vistok.evaluate.pixel import Psnr
     from vistok.image import find_pictures, read_batches
 
+    if sum(option is not None for option in (tokens, size, psnr)) > 1:
+        raise typer.BadParameter("--tokens, --bytes and --psnr exclude each other.")
     found = files.collect(sources, find_pictures)
     places = files.targets(found, out, ".vtok", overwrite=overwrite)
     tokenizer = load(model, device)
     if not tokenizer.quantizer.vocab_sizes:
         raise ValueError(f"{model} has continuous latents, which a .vtok file cannot hold. Use a model with ids.")
+    tokens = lengths.most_tokens(tokenizer, size) if size is not None else tokens
     files.make_folders(places)
-    broken, total, count = files.Broken(), 0, 0
+    broken, total, count, short = files.Broken(), 0, 0, 0
     with progress("encode", len(found)) as advance:
         for paths, images in read_batches(list(found), tokenizer.preprocess, batch, broken=broken.reasons):
-            made = tokenizer.encode(images, tokens)
+            made = tokenizer.encode(images, tokens, text=caption)
+            if psnr is not None:
+                made, reached = lengths.shortest(tokenizer, made, images, Psnr(), psnr)
+                short += int((~reached).sum())
             for i, path in enumerate(paths):
                 total += container.save(made[i], places[path], tokenizer.model_id)
             count += len(paths)
             advance(count + len(broken.reasons))
     if count:
         typer.echo(f"{files.pictures(count)} -> {out}: {total} bytes, {total / count:g} each ({made[0]!r}).")
+    if short:
+        typer.echo(f"{files.pictures(short)} stay below {psnr:g} dB with all {tokenizer.num_tokens} tokens.")
     broken.finish()
 
 
 def decode(
-    model: Model, sources: Sources, out: Out, batch: Batch = 16, device: Device = "", overwrite: Overwrite = False
+    model: Model,
+    sources: Sources,
+    out: Out,
+    caption: Caption = None,
+    batch: Batch = 16,
+    device: Device = "",
+    overwrite: Overwrite = False,
 ) -> None:
     """Turn .vtok files back into pictures (PNG)."""
     from vistok.cli.show import progress
@@ -71,7 +93,7 @@ def decode(
     broken, count = files.Broken(), 0
     with progress("decode", len(found)) as advance:
         for paths, tokens in _read_tokens(list(found), tokenizer, batch, broken):
-            for path, picture in zip(paths, to_pictures(tokenizer.decode(tokens))):
+            for path, picture in zip(paths, to_pictures(tokenizer.decode(tokens, text=caption))):
                 save_png(picture, places[path])
             count += len(paths)
             advance(count + len(broken.reasons))
@@ -85,40 +107,47 @@ def reconstruct(
     sources: Sources,
     out: Out,
     tokens: Annotated[str, typer.Option(help="Token counts, e.g. 16,64, for nested tokenizers.")] = "",
+    caption: Caption = None,
     batch: Batch = 16,
     device: Device = "",
     overwrite: Overwrite = False,
 ) -> None:
-    """Encode and decode pictures; write them (PNG) and a comparison with the originals."""
+    """Encode and decode pictures; write them (PNG) and a comparison with the originals (a ladder of --tokens)."""
     from vistok.cli.show import progress
-    from vistok.evaluate.grid import save_grid
+    from vistok.evaluate.grid import save_grid, save_ladder
     from vistok.image import find_pictures, read_batches, save_png, to_pictures
 
     found = files.collect(sources, find_pictures)
-    counts: list[int | None] = list(files.numbers(tokens, "--tokens")) or [None]
+    counts: list[int | None] = list(dict.fromkeys(files.numbers(tokens, "--tokens"))) or [None]
     endings = {k: "" if k is None else f".{k}" for k in counts}
     places = {k: files.targets(found, out, f"{end}.png", overwrite=overwrite) for k, end in endings.items()}
-    grids = {k: out / f"comparison{end}.png" for k, end in endings.items()}
-    for k, grid in grids.items():
-        files.refuse_shared(grid, "the comparison", places[k])
-    files.refuse_existing(list(grids.values()), overwrite=overwrite)
+    grid = out / ("ladder.png" if len(counts) > 1 else f"comparison{endings[counts[0]]}.png")
+    for targets in places.values():
+        files.refuse_shared(grid, "the ladder" if len(counts) > 1 else "the comparison", targets)
+    files.refuse_existing([grid], overwrite=overwrite)
     tokenizer = load(model, device)
     files.make_folders(next(iter(places.values())))
     broken, done = files.Broken(), 0
     with progress("reconstruct", len(found)) as advance:
         for paths, images in read_batches(list(found), tokenizer.preprocess, batch, broken=broken.reasons):
-            rebuilt = {k: tokenizer.decode(tokenizer.encode(images, k)).cpu() for k in counts}
+            made = tokenizer.encode(images, text=caption)
+            rebuilt = {k: tokenizer.decode(made if k is None else tokenizer.prefix(made, k)).cpu() for k in counts}
             for k, pictures in rebuilt.items():
                 for path, picture in zip(paths, to_pictures(pictures)):
                     save_png(picture, places[k][path])
-                if not done:
-                    shown = slice(0, GRID_PAIRS)
-                    names = [path.name for path in paths[shown]]
-                    save_grid(grids[k], images[shown], pictures[shown], captions=names, title=_title(model, k))
+            if not done:
+                shown = slice(0, GRID_PAIRS)
+                names = [path.name for path in paths[shown]]
+                if len(counts) > 1:
+                    steps = {f"{k} tokens": pictures[shown] for k, pictures in rebuilt.items()}
+                    save_ladder(grid, images[shown], steps, captions=names, title=model)
+                else:
+                    only, title = rebuilt[counts[0]][shown], _title(model, counts[0])
+                    save_grid(grid, images[shown], only, captions=names, title=title)
             done += len(paths)
             advance(done + len(broken.reasons))
     if done:
-        typer.echo(f"{files.pictures(done)} -> {out}; compare them in {', '.join(str(g) for g in grids.values())}")
+        typer.echo(f"{files.pictures(done)} -> {out}; compare them in {grid}")
     broken.finish()
 
 

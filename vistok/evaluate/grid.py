@@ -1,9 +1,9 @@
-"""Reconstruction grids: the original above the reconstruction, PSNR below."""
+"""Reconstruction grids: the original above the reconstruction, PSNR below; ladders of one picture at many lengths."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -97,6 +97,66 @@ def save_grid(
     return path
 
 
+def ladder(
+    originals: Tensor, steps: Mapping[str, Tensor], *, captions: Sequence[str] | None = None, title: str = ""
+) -> Image:
+    """A picture with one row per original and one column per step, the original last, PSNR under each.
+
+    Args:
+        originals: Pictures in [0, 1], (B, 3, H, W).
+        steps: Reconstructions of the same shape under the names of their columns, e.g. `32 tokens`.
+        captions: Name of each original.
+        title: A line at the top.
+
+    Returns:
+        An RGB picture.
+
+    Raises:
+        ValueError: Shapes that do not fit, no picture or step, or another number of captions.
+    """
+    count = len(originals)
+    if not count or not steps or (captions is not None and len(captions) != count):
+        raise ValueError(
+            f"A ladder needs pictures, steps and a caption for each picture, got {count} and {captions!r}."
+        )
+    from PIL import Image, ImageDraw
+
+    from vistok.evaluate.pixel import Psnr
+
+    scale = max(1, math.ceil(SMALLEST_CELL / originals.shape[-1]))
+    width, height = originals.shape[-1] * scale, originals.shape[-2] * scale
+    top, row = MARGIN + (34 if title else 0) + CAPTION, height + CAPTION + GAP
+    canvas = Image.new("RGB", (2 * MARGIN + (len(steps) + 1) * (width + GAP) - GAP, top + count * row + MARGIN), PAPER)
+    draw = ImageDraw.Draw(canvas)
+    if title:
+        draw.text((MARGIN, MARGIN - 6), _fit(draw, title, _font(18), canvas.width - 2 * MARGIN), INK, _font(18))
+    for column, (name, pictures) in enumerate([*steps.items(), ("original", originals)]):
+        x = MARGIN + column * (width + GAP)
+        draw.text((x, top - CAPTION), _fit(draw, name, _font(13), width), GREY, _font(13))
+        psnr = [None] * count if pictures is originals else Psnr().update(pictures, originals).tolist()
+        for i, picture in enumerate(to_pictures(pictures.float())):
+            resized = picture.resize((width, height), Image.Resampling.NEAREST) if scale > 1 else picture
+            canvas.paste(resized, (x, top + i * row))
+            text = captions[i] if captions and pictures is originals else ""
+            _caption(draw, text, psnr[i], (x, top + i * row + height + 4), width)
+    return canvas
+
+
+def save_ladder(
+    path: str | Path,
+    originals: Tensor,
+    steps: Mapping[str, Tensor],
+    *,
+    captions: Sequence[str] | None = None,
+    title: str = "",
+) -> Path:
+    """Write `ladder` as a PNG, atomically; returns the path."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_png(ladder(originals, steps, captions=captions, title=title), path)
+    return path
+
+
 def _font(size: int) -> FreeTypeFont:
     from PIL import ImageFont
 
@@ -112,10 +172,10 @@ def _fit(draw: ImageDraw, text: str, font: FreeTypeFont, width: float) -> str:
     return text + "..."
 
 
-def _caption(draw: ImageDraw, name: str, psnr: float, at: tuple[int, int], width: int) -> None:
-    """Name at the left, PSNR at the right of a pair."""
+def _caption(draw: ImageDraw, name: str, psnr: float | None, at: tuple[int, int], width: int) -> None:
+    """Name at the left, PSNR (if there is one) at the right of a pair."""
     font = _font(13)
-    figure = f"{psnr:.1f} dB"
+    figure = "" if psnr is None else f"{psnr:.1f} dB"
     used = draw.textlength(figure, font)
     draw.text((at[0] + width - used, at[1]), figure, INK, font)
     if name:

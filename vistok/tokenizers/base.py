@@ -104,7 +104,7 @@ class Tokenizer(Identified):
         self._refuse(text=text, sample=sample or None)
         batch = to_tensor(images, self.preprocess).to(self.device)
         tokens = self._encode(batch, sample=sample, **self._text_option(text, len(batch)))
-        return tokens if num_tokens is None else self._prefix(tokens, num_tokens)
+        return tokens if num_tokens is None else self.prefix(tokens, num_tokens)
 
     @torch.no_grad()
     def decode(
@@ -226,6 +226,21 @@ class Tokenizer(Identified):
         """This model's state dict for `other`, which has another picture size; position tables are interpolated."""
         return self.state_dict()
 
+    def prefix(self, tokens: Tokens, k: int) -> Tokens:
+        """The first k tokens of every row.
+
+        Raises:
+            ValueError: More than it makes, or fewer of a tokenizer that is not nested.
+        """
+        if not 1 <= k <= self.num_tokens:
+            raise ValueError(f"num_tokens is 1..{self.num_tokens} for this tokenizer, got {k}.")
+        if k < self.num_tokens and not self.nested:
+            raise ValueError(
+                f"{self.registry_name} always makes {self.num_tokens} tokens: it was not trained to decode fewer. "
+                "Nested tokenizers can; see `vistok list tokenizer`."
+            )
+        return tokens[:, :k]
+
     def check_tokens(self, tokens: Tokens) -> None:
         """Refuse tokens that this model cannot decode.
 
@@ -289,16 +304,6 @@ class Tokenizer(Identified):
     @staticmethod
     def _grid_option(grid: tuple[int, ...] | None) -> dict[str, Any]:
         return {} if grid is None else {"grid": grid}
-
-    def _prefix(self, tokens: Tokens, k: int) -> Tokens:
-        if not 1 <= k <= self.num_tokens:
-            raise ValueError(f"num_tokens is 1..{self.num_tokens} for this tokenizer, got {k}.")
-        if k < self.num_tokens and not self.nested:
-            raise ValueError(
-                f"{self.registry_name} always makes {self.num_tokens} tokens: it was not trained to decode fewer. "
-                "Nested tokenizers can; see `vistok list tokenizer`."
-            )
-        return tokens[:, :k]
 
     def _check_ids(self, ids: Tensor) -> None:
         vocab = self.quantizer.vocab_sizes
