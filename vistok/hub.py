@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import hashlib
 import inspect
@@ -190,6 +191,22 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         except (SafetensorError, OSError) as err:
             raise LoadError(f"{file} is damaged or not a safetensors file: {err}") from err
     return tensors
+
+
+def read_header(file: str | Path) -> dict[str, Any]:
+    """The configuration in a safetensors file's header, where a project keeps it there as Python or JSON literals.
+
+    Only literals are read, nothing is executed. `{}` for other files and for headers that hold none.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt") as opened:
+            header = opened.metadata() or {}
+        found = {name: ast.literal_eval(text) for name, text in header.items() if text.lstrip().startswith("{")}
+    except (SafetensorError, OSError, ValueError, SyntaxError, MemoryError, RecursionError):
+        return {}
+    return {"config": found} if found else {}
 
 
 def fetch_file(repo: str, filename: str) -> Path:

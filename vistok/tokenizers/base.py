@@ -48,7 +48,8 @@ class Tokenizer(Identified):
             `lengths` (B,), which it gets where the rows of a batch differ; what lies beyond a row's length must not
             matter. Otherwise it gets fewer codes, (B, k, quantizer.dim).
         options: Names of the optional arguments of `encode`/`decode` that this tokenizer understands, out of
-            `text`, `size`, `generator`, `steps`, `guidance`. `sample` is understood by all with continuous latents.
+            `text`, `size`, `generator`, `steps`, `guidance`, `noise`. `sample` is understood by all with continuous
+            latents.
         decoder_parts: Names of submodules and parameters that only decoding uses; the model id leaves them out.
         preprocess: How pictures become its input.
         quantizer: The quantizer.
@@ -116,6 +117,7 @@ class Tokenizer(Identified):
         generator: torch.Generator | None = None,
         steps: int | None = None,
         guidance: float | None = None,
+        noise: Tensor | None = None,
     ) -> Tensor:
         """Turn tokens, or plain ids (B, N[, G]), into pictures in [0, 1], (B, 3, H, W).
 
@@ -127,11 +129,19 @@ class Tokenizer(Identified):
             generator: Source of noise, for generative decoders.
             steps: Sampling steps, for generative decoders.
             guidance: Guidance scale, for generative decoders.
+            noise: The noise itself instead of its source, for generative decoders.
 
         Raises:
             ValueError: Ids outside the vocabulary, the wrong number of tokens, or an option it does not have.
         """
-        given = {"text": text, "size": size, "generator": generator, "steps": steps, "guidance": guidance}
+        given = {
+            "text": text,
+            "size": size,
+            "generator": generator,
+            "steps": steps,
+            "guidance": guidance,
+            "noise": noise,
+        }
         self._refuse(**given)
         grid, lengths = self.grid, None
         if isinstance(tokens, Tokens):

@@ -70,7 +70,7 @@ def _read(source: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             return hub.read_folder(hub.HUB_PREFIX + weights.hub)
         return {}, read_tensors(hub.fetch_file(weights.hub, weights.filename))
     if Path(source).is_file():
-        return {}, read_tensors(source)
+        return hub.read_header(source), read_tensors(source)
     if not str(source).startswith(hub.HUB_PREFIX) and not Path(source).is_dir():
         hint = nearest(str(source), list_names("tokenizer", pretrained=True))
         raise hub.LoadError(
