@@ -15,6 +15,7 @@ from torch import nn
 from vistok.compress.method import Method
 from vistok.compress.trace import Trace
 from vistok.config import create, read_yaml
+from vistok.plugins.cache import given_cache, returned_cache
 from vistok.plugins.families.base import Family, family_of
 from vistok.plugins.handle import Handle
 from vistok.plugins.packer import PROMPT, continue_prompt, prepare, put_back, step
@@ -97,7 +98,7 @@ class Plugin:
         """Run the host's `generate` or `forward` on a compressed prompt."""
         if self._inside:
             return call(*args, **kwargs)
-        cache = kwargs.get("past_key_values")
+        cache = given_cache(kwargs)
         used = cache is not None and bool(cache.get_seq_length() > 0)
         packed = getattr(cache, PROMPT, None) if used else None
         if used and packed is None:
@@ -119,7 +120,7 @@ class Plugin:
         finally:
             self._inside = False
             self.runtime.handover = {}
-        cache = getattr(output, "past_key_values", None)
+        cache = returned_cache(output)
         if cache is not None and not used:
             setattr(cache, PROMPT, packed)
         return put_back(packed, output) if generating else output

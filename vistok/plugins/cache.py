@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +13,18 @@ from vistok.plugins.layout import Columns
 
 if TYPE_CHECKING:
     from vistok.plugins.runtime import Runtime
+
+
+def given_cache(kwargs: Mapping[str, Any]) -> Any:
+    """The cache among keyword arguments: `cache` from transformers 5.24 on, `past_key_values` before."""
+    cache = kwargs.get("cache")
+    return kwargs.get("past_key_values") if cache is None else cache
+
+
+def returned_cache(output: Any) -> Any:
+    """The cache of a model output, under either name; None if there is none."""
+    cache = getattr(output, "cache", None)
+    return getattr(output, "past_key_values", None) if cache is None else cache
 
 
 def refuse(cache: Any, layers: Iterable[int]) -> None:

@@ -63,10 +63,10 @@ def layer_mask(config: Any, layer: int, hidden: Tensor, cache: Any, valid: Tenso
             new = valid.new_ones(valid.shape[0], max(total - valid.shape[1], 0))
             extended = torch.cat([valid, new], dim=1).to(hidden.device)
         memo[key] = make(
-            config=config,
-            inputs_embeds=hidden,
-            attention_mask=extended,
-            past_key_values=cache,
+            config,
+            hidden,
+            extended,
+            cache,  # its name changed with transformers 5.24
             position_ids=None,
             layer_idx=layer,
         )

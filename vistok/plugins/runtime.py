@@ -97,7 +97,7 @@ class Runtime:
 
     def before_text(self, module: nn.Module, args: tuple[Any, ...], kwargs: Kwargs) -> tuple[Any, ...] | None:
         """Tell prefill from decoding and set up the state of the call."""
-        cache = kwargs.get("past_key_values")
+        cache = kv.given_cache(kwargs)
         prompt, self.prompt = self.prompt, None
         handover = self.handover
         used = cache is not None and bool(cache.get_seq_length() > 0)
@@ -141,8 +141,8 @@ class Runtime:
         if output is None:  # the forward failed: nothing to shape
             call.received = {}
             return None
-        cache = output[1] if isinstance(output, tuple) and len(output) > 1 else getattr(output, "past_key_values", None)
-        cache = cache if hasattr(cache, "layers") else kwargs.get("past_key_values")
+        cache = output[1] if isinstance(output, tuple) and len(output) > 1 else kv.returned_cache(output)
+        cache = cache if hasattr(cache, "layers") else kv.given_cache(kwargs)
         if cache is not None:
             setattr(cache, ATTRIBUTE, call)
             if call.prefill and self.evicted:
@@ -173,7 +173,7 @@ class Runtime:
         return (hidden, *args[1:]), kwargs
 
     def _kwargs(self, call: Call, i: int, hidden: Tensor, columns: Columns, given: Kwargs) -> Kwargs:
-        cache = given.get("past_key_values")
+        cache = kv.given_cache(given)
         valid = None if columns.full else columns.valid
         mask = layer_mask(self.text.config, i, hidden, cache, valid, call.memo)
         tables, positions = self._positions(call, hidden, columns, given)
@@ -248,7 +248,7 @@ class Runtime:
             return
         x = args[0] if args else kwargs["hidden_states"]
         columns = call.columns_at(i)
-        tables, cache = kwargs["position_embeddings"], kwargs.get("past_key_values")
+        tables, cache = kwargs["position_embeddings"], kv.given_cache(kwargs)
         with torch.no_grad():
             if i in self.method.accumulate(self.depth):
                 self._add_transition(call, columns, x, output[0])
