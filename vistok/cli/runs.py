@@ -10,7 +10,7 @@ import typer
 
 from vistok.cli import files
 from vistok.cli import probe as probing
-from vistok.cli.pictures import Batch, Device, Model, Overwrite, load
+from vistok.cli.pictures import Batch, Caption, Device, Model, Overwrite, load
 
 if TYPE_CHECKING:
     from vistok.evaluate.run import EvalResult
@@ -62,6 +62,7 @@ def evaluate(
         probing.Pool, typer.Option(help="Features of a picture: mean over tokens, or all of them.")
     ] = probing.Pool.mean,
     tokens: Annotated[int | None, typer.Option(min=1, help="Tokens per picture, for nested tokenizers.")] = None,
+    caption: Caption = None,
     batch: Batch = 16,
     device: Device = "",
     overwrite: Overwrite = False,
@@ -78,7 +79,8 @@ def evaluate(
     broken = files.Broken()
     if found:
         names = files.listed(metrics)
-        broken.reasons |= _measure(tokenizer, found, out, metrics=names, num_tokens=tokens, batch=batch, name=model)
+        options: dict[str, Any] = {"num_tokens": tokens, "text": caption, "batch": batch, "name": model}
+        broken.reasons |= _measure(tokenizer, found, out, metrics=names, **options)
     if probe is not None:
         broken.reasons |= probing.run(
             tokenizer, probe, out, point=point, pool=pool, num_tokens=tokens, batch=batch, name=model
@@ -86,24 +88,13 @@ def evaluate(
     broken.finish()
 
 
-def _measure(
-    tokenizer: Tokenizer,
-    found: list[Path],
-    out: Path,
-    *,
-    metrics: list[str],
-    num_tokens: int | None,
-    batch: int,
-    name: str,
-) -> dict[Path, str]:
-    """Reconstruct and measure; pictures that could not be used, with the reason."""
+def _measure(tokenizer: Tokenizer, found: list[Path], out: Path, **options: Any) -> dict[Path, str]:
+    """Reconstruct and measure; pictures that could not be used, with the reason. See `evaluate.run.evaluate`."""
     from vistok.cli.show import progress
     from vistok.evaluate.run import evaluate as run
 
     with progress("evaluate", len(found)) as advance:
-        result = run(
-            tokenizer, found, metrics=metrics, out=out, batch=batch, name=name, num_tokens=num_tokens, progress=advance
-        )
+        result = run(tokenizer, found, out=out, progress=advance, **options)
     _print_result(result)
     return {Path(path): why for path, why in result.skipped.items()}
 

@@ -57,6 +57,14 @@ def files_of(dataset: Dataset) -> Sequence[Path] | None:
     return getattr(dataset, "files", None)
 
 
+def captions_of(dataset: Dataset) -> dict[Path, str] | None:
+    """The caption of every picture file behind a data set, None if it has no captions."""
+    files = files_of(dataset)
+    if not files or dataset.read(0).text is None:
+        return None
+    return {file: dataset.read(i).text or "" for i, file in enumerate(files)}
+
+
 def decode(data: bytes, name: str) -> Image:
     """The bytes of a picture file as an upright 8-bit RGB picture.
 

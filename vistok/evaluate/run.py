@@ -76,6 +76,7 @@ def evaluate(
     history: Mapping[str, Sequence[float]] | None = None,
     name: str = "",
     num_tokens: int | None = None,
+    text: str | Mapping[Path, str] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> EvalResult:
     """Encode and decode pictures, measure, and write what others need to check the figures.
@@ -94,6 +95,7 @@ def evaluate(
         history: Columns of a training log (`step` is the x axis); its curves go into the report.
         name: What to call the model; its registered name if empty.
         num_tokens: Tokens per picture, for nested tokenizers.
+        text: For tokenizers that read captions: one for all pictures, or that of each file.
         progress: Called with the number of pictures done, after every batch.
 
     Raises:
@@ -107,7 +109,8 @@ def evaluate(
     tokenizer.eval()
     try:
         for files, images in read_batches(pictures, tokenizer.preprocess, batch, broken=broken):
-            measured.update(files, images.to(tokenizer.device), num_tokens)
+            captions = [text.get(file, "") for file in files] if isinstance(text, Mapping) else text
+            measured.update(files, images.to(tokenizer.device), num_tokens, captions)
             if progress is not None:
                 progress(len(measured.lines))
     finally:
@@ -122,7 +125,12 @@ def evaluate(
         preprocess=tokenizer.preprocess,
         metrics=measured.metrics,
         command_line=command or None,
-        settings={"batch": batch, "num_tokens": num_tokens or tokenizer.num_tokens, "precision": _precision(tokenizer)},
+        settings={
+            "batch": batch,
+            "num_tokens": num_tokens or tokenizer.num_tokens,
+            "precision": _precision(tokenizer),
+            **({"text": text if isinstance(text, str) else "a caption per picture"} if text is not None else {}),
+        },
     )
     result = measured.result({str(path): why for path, why in broken.items()}, _paths(out, bool(history)))
     _write(result, measured, facts, report.curves_from_log(_records(history or {})))
@@ -149,9 +157,9 @@ class _Measured:
         self.seconds = {"encode": 0.0, "decode": 0.0}
         self.totals = {"tokens": 0.0, "bits": 0.0, "bytes": 0.0, "pixels": 0.0}
 
-    def update(self, files: Sequence[Path], images: Tensor, num_tokens: int | None) -> None:
+    def update(self, files: Sequence[Path], images: Tensor, num_tokens: int | None, text: Any = None) -> None:
         """Enter a batch, (B, 3, H, W) in [0, 1] on the tokenizer's device."""
-        tokens = self._timed("encode", lambda: self.tokenizer.encode(images, num_tokens))
+        tokens = self._timed("encode", lambda: self.tokenizer.encode(images, num_tokens, text=text))
         rebuilt = self._timed("decode", lambda: self.tokenizer.decode(tokens))
         found = {n: metric.update(rebuilt, images) for n, metric in self.metrics.items()}
         values = {n: v.tolist() for n, v in found.items() if self.metrics[n].per_picture}

@@ -1,11 +1,14 @@
-"""Captions: how they are given to a tokenizer that reads text."""
+"""Captions: how they are given to a tokenizer that reads text, and what it makes of them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from vistok.tokenizers.text_encoders import TextEncoder, Texts
 
 
 def one_per_picture(text: Any, batch: int) -> tuple[str, ...] | Tensor | None:
@@ -42,3 +45,37 @@ def captions_of(options: Mapping[str, Any]) -> tuple[str, ...] | None:
     """The captions among a tokenizer's options, to go along with its tokens; features do not."""
     text = options.get("text")
     return text if isinstance(text, tuple) else None
+
+
+class ReadsText:
+    """For tokenizers with `text` among their options: captions or features to features.
+
+    Without captions the empty one stands for all pictures (the null text).
+
+    Attributes:
+        texts: The frozen text encoder with its cache; loaded at the first caption.
+    """
+
+    texts: Texts
+
+    def read_text_with(self, encoder: TextEncoder | Mapping[str, Any]) -> TextEncoder:
+        """Set the text encoder; its specification."""
+        spec = encoder if isinstance(encoder, TextEncoder) else TextEncoder(**encoder)
+        self.texts = Texts(spec)
+        return spec
+
+    def text_features(self, text: tuple[str, ...] | Tensor | None, batch: int, device: torch.device) -> Tensor:
+        """Features of a batch's captions, float, (B, L, D).
+
+        Raises:
+            ValueError: Features of another width, or of more tokens than there are positions.
+            LoadError: Captions, and the text encoder cannot be loaded.
+        """
+        if not isinstance(text, Tensor):
+            return self.texts(text or ("",) * batch, device)
+        spec = self.texts.spec
+        if text.shape[2] != spec.dim or text.shape[1] != spec.length:
+            raise ValueError(
+                f"Text features are (B, {spec.length}, {spec.dim}) for this tokenizer, got {tuple(text.shape)}."
+            )
+        return text.to(device)

@@ -154,7 +154,7 @@ class CodeHead(nn.Sequential):
         self.fc2 = nn.Linear(2 * width, codebook_size)
 
 
-class _TiTokBase(Tokenizer):
+class TiTokBase(Tokenizer):
     """What single-stage and two-stage TiTok share: encoder, quantizer, decoder trunk, sizes."""
 
     encoder: TiTokEncoder
@@ -201,7 +201,7 @@ class _TiTokBase(Tokenizer):
 
 
 @register("tokenizer", "titok")
-class TiTok(_TiTokBase):
+class TiTok(TiTokBase):
     """Single-stage TiTok: a picture as K 1D tokens, decoded straight to pixels.
 
     The released `*_vq8k` and `*_vae` models. Differs from the two-stage models in the pixel head and in a proper
@@ -249,7 +249,7 @@ class TiTok(_TiTokBase):
 
 
 @register("tokenizer", "titok_two_stage")
-class TwoStageTiTok(_TiTokBase):
+class TwoStageTiTok(TiTokBase):
     """Two-stage TiTok: the decoder predicts MaskGIT-VQGAN codes, a convolutional decoder turns them into pixels.
 
     Stage 1 trains encoder and decoder on the proxy codes (`forward` gives them as `extras["logits"]`,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from vistok.config import create
-from vistok.data.base import files_of
+from vistok.data.base import captions_of, files_of
 from vistok.train import checkpoint
 from vistok.train.build import Run
 from vistok.train.log import METRICS, Log, clock, history
@@ -67,8 +67,10 @@ def evaluate(run: Run, folder: Path, command: str) -> dict[str, float]:
     if run.accelerator.is_main_process:
         from vistok.evaluate import run as evaluation
 
-        pictures = files_of(create("dataset", **config.data))
+        dataset = create("dataset", **config.data)
+        pictures = files_of(dataset)
         assert pictures is not None
+        reads_text = "text" in getattr(run.model, "options", ())
         with final_weights(run):
             result = evaluation.evaluate(
                 run.model,
@@ -77,6 +79,7 @@ def evaluate(run: Run, folder: Path, command: str) -> dict[str, float]:
                 out=folder,
                 batch=config.batch,
                 command=command,
+                text=captions_of(dataset) if reads_text else None,
                 history=history(run.out / METRICS),
             )
         figures = {**result.figures, **result.baselines}

@@ -1,4 +1,4 @@
-"""Official TiTok checkpoints (bytedance/1d-tokenizer, commit 942a96f): keys, configurations, presets."""
+"""Official TiTok and TA-TiTok checkpoints (bytedance/1d-tokenizer, commit 942a96f): keys, configurations, presets."""
 
 from __future__ import annotations
 
@@ -28,10 +28,13 @@ RULES: Rules = (
     (r"^encoder\.conv_out\.", "encoder.head."),
     (r"^decoder\.decoder_embed\.", "decoder.embed."),
     (r"^quantize\.", "quantizer."),
+    (r"^decoder\.text_guidance_proj\.", "decoder.text_proj."),
+    (r"^decoder\.text_guidance_positional_embedding$", "decoder.text_position"),
     (r"^pixel_quantize\.embedding\.", "pixel_codebook."),
 )
 TWO_STAGE_HEAD: Rules = ((r"^decoder\.ffn\.0\.", "head.fc1."), (r"^decoder\.ffn\.2\.", "head.fc2."))
 PIXEL_HEAD: Rules = ((r"^decoder\.ffn\.0\.", "head.to_patch."), (r"^decoder\.conv_out\.", "head.smooth."))
+_TEXT = "decoder.text_guidance_proj.weight"
 MASKGIT_RULES: Rules = ((r"^quantize\.", "quantizer."),)
 
 
@@ -90,11 +93,9 @@ def convert(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Convert
     """Configuration and keys of an official TiTok checkpoint; sizes come from the tensors, not from size names.
 
     Raises:
-        LoadError: A stage-1 checkpoint, which has no pixel decoder, or a text-aware one.
+        LoadError: A stage-1 checkpoint, which has no pixel decoder.
     """
     model = _model(config, tensors)
-    if "decoder.text_guidance_proj.weight" in tensors:
-        raise LoadError("This is a text-aware TiTok (TA-TiTok) checkpoint, which this version of vistok does not load.")
     two_stage = "decoder.ffn.2.weight" in tensors
     if two_stage and "pixel_decoder.conv_in.weight" not in tensors:
         raise LoadError(
@@ -126,7 +127,12 @@ def convert(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Convert
         raise LoadError(
             "A single-stage TiTok checkpoint with the legacy layout was never published and is not supported."
         )
-    return "titok", ours | {"patch_size": patch}, rename(kept, (*RULES, *PIXEL_HEAD))
+    ours |= {"patch_size": patch}
+    if _TEXT not in tensors:
+        return "titok", ours, rename(kept, (*RULES, *PIXEL_HEAD))
+    length, dim = tensors["decoder.text_guidance_positional_embedding"].shape[0], kept[_TEXT].shape[1]
+    text = {"kind": "clip", "model": "ViT-L-14-336", "pretrained": "openai", "length": length, "dim": dim}
+    return "ta_titok", ours | {"text_encoder": text}, rename(kept, (*RULES, *PIXEL_HEAD))
 
 
 def _size(tensors: Mapping[str, Tensor], part: str) -> dict[str, int]:
@@ -194,6 +200,34 @@ for _name, _sizes, _tokens, _rfid in (("bl64", "bl", 64, 2.06), ("bl128", "bl", 
     _enter(f"titok_{_name}_vq8k", "titok", _sizes, _tokens, _VQ8K, _rfid)
 for _name, _sizes, _tokens, _rfid in (("ll32", "ll", 32, 1.61), ("bl64", "bl", 64, 1.25), ("bl128", "bl", 128, 0.84)):
     _enter(f"titok_{_name}_vae_c16", "titok", _sizes, _tokens, _KL16, _rfid)
+for _name, _sizes, _tokens, _rfid in (
+    ("bl32_vq", "bl", 32, 3.95),
+    ("bl64_vq", "bl", 64, 2.43),
+    ("bl128_vq", "bl", 128, 1.53),
+    ("bl32_vae", "bl", 32, 1.53),
+    ("bl64_vae", "bl", 64, 1.47),
+    ("sl128_vae", "sl", 128, 0.90),
+):
+    preset(
+        "tokenizer",
+        f"ta_titok_{_name}.datacomp",
+        builder="ta_titok",
+        config={
+            "num_tokens": _tokens,
+            "encoder": _SIZE[_sizes[0]],
+            "decoder": _SIZE[_sizes[1]],
+            "quantizer": _VQ8K if _name.endswith("vq") else _KL16,
+        },
+        weights=Weights(
+            hub=f"turkeyju/tokenizer_tatitok_{_name}",
+            filename="model.safetensors",
+            licence_code="Apache-2.0",
+            licence_weights="Apache-2.0 on the hub; its README says for research purposes (trained on DataComp)",
+            trained_on="DataComp-1B, 685.8 M filtered pairs",
+            figures={"rFID": _rfid},
+            source="arXiv 2501.07730, table 3 (rFID: zero-shot ImageNet-val 50k, 256 px, 'A photo of a {class}.')",
+        ),
+    )
 preset(
     "tokenizer",
     "maskgit_vqgan.in1k",

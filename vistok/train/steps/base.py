@@ -95,7 +95,9 @@ class Part:
 LengthsPer = Literal["sample", "step"]
 
 
-def tokenizer_options(model: Any, batch: Batch, step: int, lengths: LengthsPer = "sample") -> dict[str, Any]:
+def tokenizer_options(
+    model: Any, batch: Batch, step: int, lengths: LengthsPer = "sample", caption_dropout: float = 0.0
+) -> dict[str, Any]:
     """What a tokenizer's `forward` takes besides pictures: random lengths if it is nested, captions if it reads text.
 
     Args:
@@ -104,6 +106,7 @@ def tokenizer_options(model: Any, batch: Batch, step: int, lengths: LengthsPer =
         step: Step of the run.
         lengths: A length for every sample, keyed by (seed, step, sample), or one for all samples of a step. Either way
             it depends neither on the process nor on accumulation.
+        caption_dropout: Share of samples whose caption is replaced by the empty one, keyed like the lengths.
     """
     options: dict[str, Any] = {}
     if model.nested:
@@ -114,6 +117,9 @@ def tokenizer_options(model: Any, batch: Batch, step: int, lengths: LengthsPer =
         options["lengths"] = model.draw_lengths(uniform)
     if "text" in model.options:
         options["text"] = batch.text
+        if batch.text is not None and caption_dropout:
+            kept = (batch.uniform("caption_dropout")[:, 0] >= caption_dropout).tolist()
+            options["text"] = tuple(text if keep else "" for text, keep in zip(batch.text, kept))
     return options
 
 

@@ -20,14 +20,24 @@ class Reconstruct(Step):
     Args:
         quantizer_weights: Weights of the quantizer's loss terms, instead of its published defaults.
         lengths: A nested tokenizer decodes a random prefix of every `sample`, or prefixes of one length in a `step`.
+        caption_dropout: Share of samples that a tokenizer which reads captions sees without theirs.
     """
 
     own_losses: ClassVar[tuple[str, ...]] = ("quantizer",)
     rebuilt: Tensor
     """Reconstruction of the last forward pass, (B, 3, H, W), float32, for steps that build on this one."""
 
-    def __init__(self, *, quantizer_weights: dict[str, float] | None = None, lengths: LengthsPer = "sample") -> None:
+    def __init__(
+        self,
+        *,
+        quantizer_weights: dict[str, float] | None = None,
+        lengths: LengthsPer = "sample",
+        caption_dropout: float = 0.0,
+    ) -> None:
+        if not 0 <= caption_dropout <= 1:
+            raise ValueError(f"train.step.caption_dropout is a share of the samples, 0..1, got {caption_dropout}.")
         self.quantizer_weights, self.lengths = quantizer_weights or {}, lengths
+        self.caption_dropout = caption_dropout
 
     def setup(self, model: torch.nn.Module, losses: Losses) -> None:
         """Take a tokenizer and the losses.
@@ -47,7 +57,7 @@ class Reconstruct(Step):
 
     def run(self, batch: Batch, step: int, generator: torch.Generator) -> Iterator[Part]:
         """One part, `model`. See `Step.run`."""
-        options = tokenizer_options(self.bare, batch, step, self.lengths)
+        options = tokenizer_options(self.bare, batch, step, self.lengths, self.caption_dropout)
         out = self.trained["model"](batch.images, generator=generator, **options)
         self.rebuilt = out.images.float()
         losses: Losses = self.helpers["losses"]  # type: ignore[assignment]

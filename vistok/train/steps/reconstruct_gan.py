@@ -48,6 +48,7 @@ class ReconstructGan(Reconstruct):
         r1_every: Steps between penalties; the weight is multiplied by it.
         quantizer_weights: Weights of the quantizer's loss terms, instead of its published defaults.
         lengths: As in `reconstruct`.
+        caption_dropout: As in `reconstruct`.
     """
 
     parts: ClassVar[tuple[str, ...]] = ("model", "discriminator")
@@ -63,8 +64,9 @@ class ReconstructGan(Reconstruct):
         r1_every: int = 16,
         quantizer_weights: dict[str, float] | None = None,
         lengths: LengthsPer = "sample",
+        caption_dropout: float = 0.0,
     ) -> None:
-        super().__init__(quantizer_weights=quantizer_weights, lengths=lengths)
+        super().__init__(quantizer_weights=quantizer_weights, lengths=lengths, caption_dropout=caption_dropout)
         self.specs = {"discriminator": discriminator, "gan": gan}
         self.adaptive, self.r1_gamma, self.r1_every = adaptive, r1_gamma, r1_every
 
