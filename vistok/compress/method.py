@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from vistok.compress.budget import Budget, HostShape, check_keep, default_layers, rescale, solve_count, tokens_per_layer
+from vistok.compress.crops import share_out
 from vistok.compress.reduction import Reduction
-from vistok.compress.score import Direction
+from vistok.compress.score import Direction, Row
 from vistok.compress.signals import Signals
 from vistok.compress.view import View
 
@@ -234,12 +236,27 @@ class FeatureMethod(Method):
     """A method between tower and language model: the prompt itself becomes shorter.
 
     The number of tokens is promised first and depends on nothing but the grid, so that serving engines, which count
-    placeholders before the tower runs, can use it too.
+    placeholders before the tower runs, can use it too. A method whose `keep` may be None decides the number itself.
+
+    Attributes:
+        at: Whether it looks at (and merges) features in front of the projector or behind it.
+        per_crop: Crops of a picture are reduced one by one, not as one mosaic.
+        modalities: What it acts on; the rest is left alone.
+        blocks: Tower blocks whose attention and keys it reads: from the end if negative, else of a tower of 24.
+        row: What it wants to know of the class token: probabilities (mean over heads), logits (the same), or the
+            probabilities of all heads as one wide head.
+        door: Settings that make it a pure selection of a promised size, None if there are none.
     """
 
     stages = frozenset({"features"})
+    at: ClassVar[Literal["tower", "projected"]] = "projected"
+    per_crop: ClassVar[bool] = False
+    modalities: ClassVar[frozenset[str]] = frozenset({"image", "video"})
+    blocks: tuple[int, ...] = (-2,)
+    row: ClassVar[Row] = "probability"
+    door: ClassVar[dict[str, Any] | None] = {}
 
-    def __init__(self, *, keep: int | float | Budget, reference: bool = False) -> None:
+    def __init__(self, *, keep: int | float | Budget | None, reference: bool = False) -> None:
         check_keep(keep)
         self.keep = keep
         self.reference = reference
@@ -251,8 +268,10 @@ class FeatureMethod(Method):
 
     def count(self, n: int, host: HostShape | None = None) -> int:
         """Tokens of an image of n that the budget allows, 1..n; `host` is needed for a budget of FLOPs alone."""
+        if self.keep is None:
+            raise ValueError(f"{type(self).__name__} decides by content how many tokens stay. Give `keep` to fix it.")
         if isinstance(self.keep, float):
-            return max(1, min(n, round(n * self.keep)))
+            return max(1, min(n, math.floor(n * self.keep) if self.reference else round(n * self.keep)))
         if isinstance(self.keep, int):
             return min(self.keep, n)
         if self.keep.mean is not None:  # every layer sees the same tokens
@@ -271,9 +290,36 @@ class FeatureMethod(Method):
         """Tokens that `compress` will give for a grid when it may keep `count` of `length`."""
         return min(count, length)
 
-    def compress(self, signals: Signals, count: int) -> Reduction:
+    def budgets(self, parts: Sequence[Signals], count: int) -> list[int]:
+        """How many tokens each part of an image may keep; by default in proportion to its size."""
+        lengths = [part.length for part in parts]
+        return share_out(count, lengths, lengths, least=1)
+
+    def compress_image(self, parts: Sequence[Signals], count: int | None) -> list[Reduction]:
+        """Reduce the parts of one image (grids, or crops under `per_crop`).
+
+        Args:
+            parts: What is known of each; (N,) tokens.
+            count: Tokens of the whole image that may stay, None if the method decides.
+
+        Returns:
+            One reduction per part, (1, M) each.
+        """
+        if count is None:
+            return [self.compress(part, None) for part in parts]
+        shares = self.budgets(parts, count)
+        return [
+            self.compress(part, share) if 0 < share < part.length else first_tokens(part, share)
+            for part, share in zip(parts, shares)
+        ]
+
+    def compress(self, signals: Signals, count: int | None) -> Reduction:
         """Reduce one grid of tokens to `promise(count, ...)` tokens, (1, M)."""
         raise NotImplementedError
+
+    def mix(self, tokens: Tensor, reduction: Reduction, signals: Signals) -> Tensor:
+        """Last word on the tokens of an image of one grid, (M, D) -> (M', D), M' >= M; by default nothing changes."""
+        return tokens
 
     def grid_of(self, grid: tuple[int, ...] | None, length: int) -> tuple[int, ...]:
         """The grid, which this method needs.
@@ -287,6 +333,18 @@ class FeatureMethod(Method):
                 "family knows. Use a method that selects tokens."
             )
         return grid
+
+
+def first_tokens(signals: Signals, count: int) -> Reduction:
+    """All tokens of a part that keeps all, none of one that keeps none."""
+    index = torch.arange(count, device=signals.features.device).unsqueeze(0)
+    return Reduction(index, torch.ones_like(index), signals.length)
+
+
+def selection(index: Tensor, length: int) -> Reduction:
+    """The reduction that keeps the tokens at `index` (M,), in ascending order."""
+    index = index.sort().values.unsqueeze(0)
+    return Reduction(index, torch.ones_like(index), length)
 
 
 def check_layers(layers: Sequence[int], depth: int) -> None:

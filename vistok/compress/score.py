@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 Direction = Literal["signed", "abs"]
+Row = Literal["probability", "logit", "one_head"]
+CHUNK = 256  # query rows at a time: an attention map never exists
 
 
 def row_probabilities(q: Tensor, k: Tensor, *, scale: float, visible: Tensor) -> Tensor:
@@ -30,6 +32,50 @@ def row_probabilities(q: Tensor, k: Tensor, *, scale: float, visible: Tensor) ->
     hidden = ~visible.unsqueeze(1)
     probabilities = logits.masked_fill(hidden, torch.finfo(torch.float32).min).softmax(-1)
     return probabilities.masked_fill(hidden, 0)
+
+
+def class_row(q: Tensor, k: Tensor, *, scale: float, row: Row = "probability") -> Tensor:
+    """Attention of a class token, which stands in front of the others; O(keys).
+
+    Args:
+        q: Its query, (B, heads, 1, d).
+        k: Keys of all, the class token first, (B, heads, T, d).
+        scale: Factor of the logits.
+        row: Mean over heads of the probabilities or of the logits, or the probabilities of one head as wide as all
+            together (logits over the root of the full width, as PruMerge has it).
+
+    Returns:
+        To the other tokens, float32, (B, T - 1).
+    """
+    logits = (q.float() @ k.float().transpose(2, 3))[:, :, 0]  # (B, heads, T)
+    if row == "logit":
+        return (logits.mean(1) * scale)[:, 1:]
+    if row == "one_head":
+        wide: Tensor = logits.sum(1) * (q.shape[1] * q.shape[3]) ** -0.5
+        return wide.softmax(-1)[:, 1:]
+    found: Tensor = (logits * scale).softmax(-1).mean(1)
+    return found[:, 1:]
+
+
+def received_row(q: Tensor, k: Tensor, *, scale: float, row: Row = "probability") -> Tensor:
+    """What every token receives from all queries on average: stands in where a tower has no class token.
+
+    Args:
+        q: Queries of all tokens, (B, heads, T, d).
+        k: Keys, (B, heads, T, d).
+        scale: Factor of the logits.
+        row: Mean over heads and queries of the probabilities (in chunks of queries, also for `one_head`) or of the
+            logits, which need the mean query alone.
+
+    Returns:
+        float32, (B, T).
+    """
+    q, k = q.float() * scale, k.float()
+    if row == "logit":
+        return (q.mean(2, keepdim=True) @ k.transpose(2, 3))[:, :, 0].mean(1)
+    total = sum((part @ k.transpose(2, 3)).softmax(-1).sum((1, 2)) for part in q.split(CHUNK, dim=2))
+    assert isinstance(total, Tensor)
+    return total / (q.shape[1] * q.shape[2])
 
 
 def mean_over_rows(values: Tensor, row_valid: Tensor) -> Tensor:

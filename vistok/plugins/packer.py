@@ -1,13 +1,11 @@
 """The packer: hands compressed features to the language model in a prompt with fewer placeholders.
 
-One place for newlines, grids, positions, padding and what the caller gets back, for every method and family.
+One place for positions, padding and what the caller gets back, for every method and family; grids, crops and newlines
+are the business of `features`.
 """
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +13,12 @@ import torch
 from torch import Tensor
 
 from vistok.compress.method import FeatureMethod, TowerMethod
-from vistok.compress.reduction import Reduction, pack, take
-from vistok.compress.signals import Signals
-from vistok.plugins.families.base import PIXELS, Block, Entry, entry, square
-from vistok.plugins.layout import build, find, run_lengths
+from vistok.compress.reduction import pack, take
+from vistok.plugins.families.base import PIXELS, square
+from vistok.plugins.features import Encoded, compress
+from vistok.plugins.layout import build, find
 from vistok.plugins.pictures import Pictures
+from vistok.plugins.smaller import downsampled
 
 if TYPE_CHECKING:
     from vistok.plugins.runtime import Runtime
@@ -116,9 +115,6 @@ def prepare(runtime: Runtime, kwargs: dict[str, Any], *, generating: bool = True
     )
 
 
-Encoded = tuple[dict[str, Any], dict[str, list[Entry]], dict[str, list[int]], list[list[Block]]]
-
-
 def _compressed(runtime: Runtime, kwargs: dict[str, Any], masks: dict[str, Tensor]) -> Encoded:
     """Encoder outputs with fewer tokens, the images one by one, and their full sizes."""
     family, method = runtime.family, runtime.method
@@ -127,94 +123,8 @@ def _compressed(runtime: Runtime, kwargs: dict[str, Any], masks: dict[str, Tenso
         return merged, images, lengths, [[square(n)] for n in lengths.get("image", [])]
     assert isinstance(method, FeatureMethod)
     if "pixels" in method.needs:
-        outputs, full_blocks = family.encode_smaller(runtime.model, kwargs, lambda block: _quota(runtime, block))
-    else:
-        given = {k: v for k, v in (kwargs.get("mm_encoder_outputs") or {}).items() if v is not None}
-        outputs = {**given, **family.encode(runtime.model, kwargs)}
-        full_blocks = {m: family.blocks(runtime.model, out, kwargs, m) for m, out in outputs.items()}
-    new, entries, sizes = {}, {}, {}
-    pictures: list[list[Block]] = []
-    for modality, output in outputs.items():
-        blocks = full_blocks[modality]
-        features = family.features(runtime.model, output)
-        if family.images_are_runs:
-            features, blocks = _grouped(features, blocks, run_lengths(masks[modality]))
-        entries[modality] = [_compress(runtime, f, b) for f, b in zip(features, blocks)]
-        sizes[modality] = [sum(block.length + len(block.newlines) for block in image) for image in blocks]
-        if modality == "image":
-            pictures = blocks
-        new[modality] = family.rebuilt(copy.copy(output), [e.features for e in entries[modality]])
-        family.rebuild_extra(new[modality], [e.reduction for e in entries[modality]])
-    return new, entries, sizes, pictures
-
-
-def _quota(runtime: Runtime, block: Block) -> int:
-    method = runtime.method
-    assert isinstance(method, FeatureMethod)
-    return method.count(block.length, runtime.host)
-
-
-def _compress(runtime: Runtime, features: Tensor, blocks: Sequence[Block]) -> Entry:
-    """Compress one image block by block; a newline stays while its row holds a token."""
-    method = runtime.method
-    assert isinstance(method, FeatureMethod)
-    if "pixels" in method.needs:
-        (block,) = blocks
-        signals = Signals(features=features.new_zeros(block.length, 1), grid=block.grid)
-        reduction = method.compress(signals, method.count(block.length, runtime.host))
-        return entry(features, reduction)
-    total = sum(block.length for block in blocks)
-    left = method.count(total, runtime.host)
-    device = features.device
-    anchors: list[Tensor] = []
-    links = torch.full((len(features), 1), -1, device=device)
-    weights = torch.zeros(len(features), 1, device=device)
-    for block in blocks:
-        share = max(1, round(left * block.length / total))
-        left, total = max(left - share, 0), total - block.length
-        columns = block.columns.to(device)
-        inside = method.compress(Signals(features=features[columns], grid=block.grid), share)
-        to, by = inside.as_links()
-        before = sum(map(len, anchors))
-        links[columns] = torch.where(to[0] >= 0, to[0] + before, -1).to(device)
-        weights[columns] = by[0].to(device)
-        newlines = block.newlines_of(inside.index[0].cpu()).to(device)
-        links[newlines, 0] = before + inside.index.shape[1] + torch.arange(len(newlines), device=device)
-        weights[newlines] = 1
-        anchors += [columns[inside.index[0].to(device)], newlines]
-    return _ordered(features, torch.cat(anchors), links, weights)
-
-
-def _ordered(features: Tensor, anchors: Tensor, links: Tensor, weights: Tensor) -> Entry:
-    """The outputs of all blocks in the order of their anchors."""
-    order = anchors.argsort()
-    rank = torch.empty_like(order).scatter(0, order, torch.arange(len(order), device=order.device))
-    links = torch.where(links >= 0, rank[links.clamp_min(0)], -1)
-    sizes = torch.zeros_like(order).scatter_add(0, links.clamp_min(0)[:, 0], (links[:, 0] >= 0).long())
-    reduction = Reduction(
-        anchors[order].unsqueeze(0), sizes.unsqueeze(0), len(features), links.unsqueeze(0), weights.unsqueeze(0)
-    )
-    return entry(reduction.apply(features.unsqueeze(0))[0], reduction)
-
-
-def _grouped(
-    features: list[Tensor], blocks: list[list[Block]], runs: list[int]
-) -> tuple[list[Tensor], list[list[Block]]]:
-    """Tiles of one picture (one run of placeholders) as one image of several blocks."""
-    whole, grids, at = [], [], 0
-    for run in runs:
-        parts: list[Tensor] = []
-        found: list[Block] = []
-        while sum(map(len, parts)) < run and at < len(features):
-            offset = sum(map(len, parts))
-            found += [
-                dataclasses.replace(b, columns=b.columns + offset, newlines=b.newlines + offset) for b in blocks[at]
-            ]
-            parts.append(features[at])
-            at += 1
-        whole.append(torch.cat(parts) if parts else features[0][:0])
-        grids.append(found)
-    return whole + features[at:], grids + blocks[at:]
+        return downsampled(runtime, kwargs, masks)
+    return compress(runtime, kwargs, masks)
 
 
 def _positions(

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Any, ClassVar
 
 from vistok.compress.budget import Budget
-from vistok.compress.grid import centre_of, combine, fit_grid
 from vistok.compress.method import FeatureMethod
-from vistok.compress.reduction import Reduction
-from vistok.compress.signals import Signals
 from vistok.registry import register
 
 
@@ -20,25 +17,13 @@ class Downsample(FeatureMethod):
     recomputed. Token (i, j) of the small grid takes the prompt position of the token it covers in the full grid.
 
     Args:
-        keep: Tokens left: an int per image, a float share, or a `Budget`. The grid has at most so many cells.
+        keep: Tokens left: an int per image, a float share, or a `Budget`. The picture becomes the largest that
+            gives at most so many.
         reference: Count the positions anew.
     """
 
     needs = frozenset({"pixels", "grid"})
+    door: ClassVar[dict[str, Any] | None] = None
 
     def __init__(self, *, keep: int | float | Budget = 0.25, reference: bool = False) -> None:
         super().__init__(keep=keep, reference=reference)
-
-    def promise(self, count: int, grid: tuple[int, ...] | None, length: int) -> int:
-        """Cells of the grid that fits."""
-        return int(torch.tensor(fit_grid(self.grid_of(grid, length), count)).prod())
-
-    def anchors(self, grid: tuple[int, ...], count: int, device: torch.device | None = None) -> Reduction:
-        """Where the tokens of the small picture go in the prompt of the full one."""
-        small = fit_grid(grid, count)
-        index = combine([centre_of(o, n, device) for o, n in zip(grid, small)], grid).unsqueeze(0)
-        return Reduction(index, torch.ones_like(index), int(torch.tensor(grid).prod()))
-
-    def compress(self, signals: Signals, count: int) -> Reduction:
-        """Where the small picture's tokens go; the family has already made them."""
-        return self.anchors(self.grid_of(signals.grid, signals.length), count, signals.features.device)

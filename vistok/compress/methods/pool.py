@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 import torch
 
 from vistok.compress.budget import Budget
@@ -26,6 +28,7 @@ class Pool(FeatureMethod):
 
     merges = True
     needs = frozenset({"grid"})
+    door: ClassVar[dict[str, Any] | None] = None
 
     def __init__(self, *, keep: int | float | Budget = 0.25, reference: bool = False) -> None:
         super().__init__(keep=keep, reference=reference)
@@ -34,8 +37,9 @@ class Pool(FeatureMethod):
         """Cells of the grid that fits."""
         return int(torch.tensor(fit_grid(self.grid_of(grid, length), count)).prod())
 
-    def compress(self, signals: Signals, count: int) -> Reduction:
+    def compress(self, signals: Signals, count: int | None) -> Reduction:
         """Means over cells."""
+        assert count is not None
         grid = self.grid_of(signals.grid, signals.length)
         small = fit_grid(grid, count)
         device = signals.features.device

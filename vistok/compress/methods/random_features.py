@@ -26,7 +26,7 @@ class RandomFeatures(FeatureMethod):
         super().__init__(keep=keep, reference=reference)
         self.seed = seed
 
-    def compress(self, signals: Signals, count: int) -> Reduction:
+    def compress(self, signals: Signals, count: int | None) -> Reduction:
         """The `count` places with the largest hash, ascending."""
         place = torch.arange(signals.length, device=signals.features.device)
         index = hash_scores(place, self.seed).sort(descending=True, stable=True).indices[:count].sort().values

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from vistok.compress.budget import HostShape
+from vistok.compress.crops import Crop
 from vistok.compress.method import TowerMethod
 from vistok.compress.reduction import Reduction
 from vistok.registry import list_names, registry
@@ -26,6 +29,9 @@ FIVE = (
 )
 
 
+Part = tuple[Tensor, tuple[int, ...] | None, Crop | None]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Block:
     """Tokens of an image that lie on one grid.
@@ -34,22 +40,47 @@ class Block:
         columns: Their places inside the image, row by row, (N,).
         grid: (h, w) or (t, h, w), None if unknown.
         newlines: Places of the newline after each row of the grid (one per row), or of a single closing one.
+        overview: The grid is the overview of a picture that comes in crops too.
+        rows: Rows of tokens in every row of crops, where the grid is a mosaic of crops.
+        cols: Columns of tokens in every column of crops.
     """
 
     columns: Tensor
     grid: tuple[int, ...] | None
     newlines: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    overview: bool = False
+    rows: tuple[int, ...] = ()
+    cols: tuple[int, ...] = ()
 
     @property
     def length(self) -> int:
         """Tokens on the grid."""
         return len(self.columns)
 
-    def newlines_of(self, kept: Tensor) -> Tensor:
-        """Newlines of the rows that hold one of the kept tokens (numbers inside the block)."""
+    def moved(self, offset: int) -> Block:
+        """The same block behind `offset` other tokens."""
+        return replace(self, columns=self.columns + offset, newlines=self.newlines + offset)
+
+    def crops(self) -> list[Part]:
+        """The crops of a mosaic: places inside the image, grid and where it lies; any other block is one part."""
+        if not self.rows or self.grid is None:
+            return [(self.columns, self.grid, Crop(overview=True) if self.overview else None)]
+        h_all, w_all = self.grid
+        layout, mosaic = (len(self.rows), len(self.cols)), self.columns.view(h_all, w_all)
+        found: list[Part] = []
+        for r, (top, h) in enumerate(zip(itertools.accumulate((0, *self.rows)), self.rows)):
+            for c, (left, w) in enumerate(zip(itertools.accumulate((0, *self.cols)), self.cols)):
+                place = Crop(number=r * layout[1] + c, layout=layout, top=top, left=left, mosaic=(h_all, w_all))
+                if h * w:
+                    found.append((mosaic[top : top + h, left : left + w].flatten(), (h, w), place))
+        return found
+
+    def newlines_kept(self, kept: Tensor) -> Tensor:
+        """Newlines of the rows that hold a kept token; kept is a mask over the image, (N,)."""
         if self.grid is None or len(self.newlines) != self.length // self.grid[-1]:
-            return self.newlines
-        return self.newlines.to(kept.device)[torch.unique(kept // self.grid[-1])]
+            return self.newlines.to(kept.device)
+        rows = kept[self.columns.to(kept.device)].view(-1, self.grid[-1]).any(1)
+        return self.newlines.to(kept.device)[rows]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,15 +100,71 @@ class Entry:
     reduction: Reduction
 
 
-def entry(features: Tensor, reduction: Reduction, protect: Tensor | None = None) -> Entry:
-    """An image after compression; `protect` says which of its features must stay, (M,)."""
+@dataclass(frozen=True, kw_only=True)
+class Smaller:
+    """Encoded pictures that were made smaller before the tower.
+
+    Attributes:
+        output: Encoder output of the type the host expects.
+        features: Of every image, rows of the mosaic with their newlines, (M, D).
+        blocks: Grids of the full pictures.
+        grids: Grids of the small ones, one for each block; () for a grid that has no tokens left.
+    """
+
+    output: Any
+    features: list[Tensor]
+    blocks: list[list[Block]]
+    grids: list[list[tuple[int, ...]]]
+
+
+def resized(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    """Pictures (..., C, H, W) made smaller, bicubic with antialiasing, in float32."""
+    flat = pixels.reshape(-1, *pixels.shape[-3:])
+    small = F.interpolate(flat.float(), size, mode="bicubic", antialias=True).to(pixels.dtype)
+    return small.view(*pixels.shape[:-2], *size)
+
+
+def entry(
+    features: Tensor,
+    reduction: Reduction,
+    protect: Tensor | None = None,
+    *,
+    columns: int | None = None,
+    fill: bool = False,
+) -> Entry:
+    """An image after compression.
+
+    Args:
+        features: Of its outputs, (M, D).
+        reduction: How they came about.
+        protect: Which of its features must stay, (M,).
+        columns: Placeholders of the image, if the reduction has one input more: the class token, which has none.
+        fill: Several outputs may share an anchor or have none: further placeholders stay, the first ones, so that there
+            is one for every feature. Only where positions are counted anew.
+    """
     index = reduction.index[0].to(features.device)
     keep = torch.zeros(reduction.length, dtype=torch.bool, device=features.device)
     keep[index] = True
+    keep = keep[:columns]
+    if fill:
+        extra = len(features) - int(keep.sum())
+        keep[torch.where(~keep)[0][:extra]] = True
     must = torch.zeros_like(keep)
     if protect is not None:
         must[index] = protect
     return Entry(features=features, keep=keep, protect=must, reduction=reduction)
+
+
+def grouped(lengths: Sequence[int], runs: Sequence[int]) -> list[int]:
+    """How many tiles of these lengths make up each run of placeholders, the tiles left over one by one."""
+    counts, at = [], 0
+    for run in runs:
+        tiles = 0
+        while run > 0 and at < len(lengths):
+            run -= lengths[at]
+            at, tiles = at + 1, tiles + 1
+        counts.append(tiles)
+    return counts + [1] * (len(lengths) - at)
 
 
 def square(n: int, start: int = 0) -> Block:
@@ -94,11 +181,13 @@ class Family:
         mrope: Positions are three-dimensional, so they cannot be renumbered.
         consumed: Arguments that only the encoder reads.
         images_are_runs: An uninterrupted run of placeholders is one image, whatever the number of tiles it came in.
+        withheld: What `needs` of a method the family cannot give, with the reason.
     """
 
     hosts: ClassVar[tuple[str, ...]] = ()
     mrope: ClassVar[bool] = False
     images_are_runs: ClassVar[bool] = False
+    withheld: ClassVar[dict[str, str]] = {}
     consumed: ClassVar[tuple[str, ...]] = ("image_sizes", "image_sizes_videos", "batch_num_images")
 
     @classmethod
@@ -168,6 +257,61 @@ class Family:
     def rebuild_extra(self, output: Any, reductions: list[Reduction]) -> None:
         """Reduce whatever else the encoder gives per token."""
 
+    # what the tower says about its tokens
+
+    def attentions(self, model: Any) -> list[Any]:
+        """Attention modules of the tower's blocks, with `head_dim` and `q_proj`, `k_proj` or `qkv`.
+
+        Raises:
+            TypeError: The tower is built in another way.
+        """
+        tower = self.tower(model)
+        layers = getattr(getattr(tower, "encoder", None), "layers", None)
+        if layers is None or not hasattr(getattr(layers[0], "self_attn", None), "q_proj"):
+            raise TypeError(
+                f"The attention of a {type(tower).__name__} cannot be read from outside. Use a method that looks at "
+                "features alone, such as divprune or pool."
+            )
+        return [layer.self_attn for layer in layers]
+
+    def block_number(self, model: Any, block: int, depth: int) -> int:
+        """Block that a method means: from the end if negative, else scaled from a tower of 24 blocks."""
+        return max(depth + block, 0) if block < 0 else min(round(block * depth / 24), depth - 1)
+
+    def class_tokens(self, model: Any) -> int:
+        """Class tokens in front of the patches: 1 or 0."""
+        embeddings = getattr(self.tower(model), "embeddings", None)
+        return int(hasattr(embeddings, "class_embedding") or hasattr(embeddings, "cls_token"))
+
+    def projector(self, model: Any) -> Any:
+        """The module that takes what the tower gives to the width of the language model, token by token."""
+        return self.base(model).multi_modal_projector
+
+    def feature_block(self, model: Any) -> Any:
+        """The tower's block whose output goes to the projector."""
+        layer = model.config.vision_feature_layer
+        blocks = self.tower(model).encoder.layers
+        if not isinstance(layer, int):
+            raise TypeError(f"vision_feature_layer={layer}: the class token of several layers at once is not defined.")
+        return blocks[layer if layer < 0 else layer - 1]
+
+    def pooled(self, model: Any, patches: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """Values per patch (tiles, P, C) as values per token (tiles, n, C): means, where patches are merged."""
+        return patches
+
+    def unprojected(self, model: Any, inputs: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """Input of the projector with one row per token, (tiles, n, C)."""
+        return inputs
+
+    def spread(self, model: Any, kwargs: dict[str, Any], modality: str, tokens: Tensor) -> list[Tensor]:
+        """Values per tile and token (tiles, n, C) laid out like the images' features, (N, C); 0 at newlines."""
+        return list(tokens)
+
+    def project(self, model: Any, tokens: Tensor) -> Tensor:
+        """Rows of `unprojected`, (M, C), through the projector, (M, D)."""
+        found: Tensor = self.projector(model)(tokens.unsqueeze(0))[0]
+        return found
+
     def positions(self, model: Any, kwargs: dict[str, Any], *, generating: bool) -> Tensor:
         """Positions the host would give to the uncompressed prompt, (B, L) or (axes, B, L).
 
@@ -184,17 +328,22 @@ class Family:
         return torch.arange(first.shape[1], device=first.device).expand(len(first), -1)
 
     def encode_smaller(
-        self, model: Any, kwargs: dict[str, Any], quota: Callable[[Block], int]
-    ) -> tuple[dict[str, Any], dict[str, list[list[Block]]]]:
+        self,
+        model: Any,
+        kwargs: dict[str, Any],
+        count: Callable[[int], int],
+        runs: dict[str, list[int]],
+    ) -> dict[str, Smaller]:
         """Run the tower on pictures made smaller.
 
         Args:
             model: The host.
             kwargs: Keyword arguments with pixels.
-            quota: Tokens that a full grid may become.
+            count: Tokens that an image of so many may become.
+            runs: Lengths of the runs of placeholders of each modality, where a run is one image.
 
         Returns:
-            Encoder outputs of the small pictures, and the grids of the full ones.
+            What came out, per modality.
 
         Raises:
             TypeError: The family cannot.

@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from vistok.compress.grid import fit_grid
 from vistok.compress.method import TowerMethod
 from vistok.compress.reduction import Reduction
-from vistok.plugins.families.base import Block, Entry, Family, entry, square
+from vistok.plugins.families.base import Block, Entry, Family, Smaller, entry, resized
 from vistok.plugins.tower import working
 from vistok.registry import register
 
@@ -24,22 +23,25 @@ class Llava(Family):
     hosts = ("LlavaForConditionalGeneration",)
 
     def encode_smaller(
-        self, model: Any, kwargs: dict[str, Any], quota: Callable[[Block], int]
-    ) -> tuple[dict[str, Any], dict[str, list[list[Block]]]]:
+        self, model: Any, kwargs: dict[str, Any], count: Callable[[int], int], runs: dict[str, list[int]]
+    ) -> dict[str, Smaller]:
         """Resize every picture to a whole number of patches; the tower interpolates its position table."""
         pixels: Tensor = kwargs["pixel_values"]
         tower = self.tower(model)
         patch = tower.config.patch_size
         if not hasattr(tower.embeddings, "interpolate_pos_encoding"):
             raise TypeError(f"The position table of a {type(tower).__name__} cannot be interpolated. Use pool instead.")
-        full = square(pixels.shape[-2] // patch * (pixels.shape[-1] // patch))
-        blocks = {"image": [[full] for _ in pixels]}
-        small = fit_grid(full.grid or (1, full.length), quota(full))
-        if small == full.grid:
-            return self.encode(model, kwargs), blocks
-        size = (small[0] * patch, small[1] * patch)
-        resized = F.interpolate(pixels.float(), size, mode="bicubic", antialias=True).to(pixels.dtype)
-        return self.encode(model, {**kwargs, "pixel_values": resized}, interpolate_pos_encoding=True), blocks
+        h, w = pixels.shape[-2] // patch, pixels.shape[-1] // patch
+        small = fit_grid((h, w), count(h * w))
+        if small != (h, w):
+            changed = {**kwargs, "pixel_values": resized(pixels, (small[0] * patch, small[1] * patch))}
+            output = self.encode(model, changed, interpolate_pos_encoding=True)["image"]
+        else:
+            output = self.encode(model, kwargs)["image"]
+        full = Block(columns=torch.arange(h * w), grid=(h, w))
+        features = self.features(model, output)
+        grids: list[list[tuple[int, ...]]] = [[small] for _ in pixels]
+        return {"image": Smaller(output=output, features=features, blocks=[[full] for _ in pixels], grids=grids)}
 
     def encode_merged(
         self, model: Any, kwargs: dict[str, Any], method: TowerMethod

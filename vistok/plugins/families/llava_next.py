@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vistok.plugins.families.base import Block, Family
+from vistok.compress.crops import split_axis, valid_rectangle
+from vistok.plugins.families.base import Block, Family, Smaller, resized
 from vistok.registry import register
 
 
@@ -33,8 +38,53 @@ def anyres_blocks(features: Tensor, newline: Tensor | None) -> list[Block]:
     base = math.isqrt(start)
     rows = torch.arange(start, n).view(-1, step)
     mosaic = Block(columns=rows[:, :-1].flatten(), grid=(len(rows), step - 1), newlines=rows[:, -1])
-    first = Block(columns=torch.arange(start), grid=(base, base) if base * base == start else None)
+    first = Block(columns=torch.arange(start), grid=(base, base) if base * base == start else None, overview=True)
     return [first, mosaic]
+
+
+def crop_edges(block: Block, size: tuple[int, int], layout: tuple[int, int], side: int) -> Block:
+    """A mosaic that knows where its crops end.
+
+    Args:
+        block: The mosaic, without the padding around the picture; smaller than the crops if the host shrank it.
+        size: Height and width of the picture.
+        layout: Rows and columns of crops.
+        side: Tokens along the side of a crop.
+    """
+    assert block.grid is not None
+    top, bottom, left, right = valid_rectangle((size[1], size[0]), layout, side)
+    axes = []
+    for span, crops, now in zip(((top, bottom), (left, right)), layout, block.grid):
+        pieces = split_axis(span, side, crops)
+        edges = [round(start * now / (span[1] - span[0])) for start, _ in pieces] + [now]
+        axes.append(tuple(b - a for a, b in itertools.pairwise(edges)))
+    return dataclasses.replace(block, rows=axes[0], cols=axes[1])
+
+
+def small_side(
+    side: int, size: tuple[int, int], layout: tuple[int, int], count: int, blocks: list[Block]
+) -> tuple[int, bool]:
+    """Side of the tiles with which a picture has at most `count` tokens, and whether its crops are used at all.
+
+    Args:
+        side: Of the full tiles, in tokens.
+        size: Width and height of the picture.
+        layout: Rows and columns of crops.
+        count: Tokens allowed, newlines not counted.
+        blocks: Grids of the full picture.
+    """
+    for small in range(side, 0, -1):
+        tokens = small**2
+        if len(blocks) > 1:
+            assert blocks[1].grid is not None
+            top, bottom, left, right = valid_rectangle(size, layout, small)
+            h, w = bottom - top, right - left
+            if not 0 < h <= blocks[1].grid[0] or not 0 < w <= blocks[1].grid[1]:
+                continue
+            tokens += h * w
+        if tokens <= count:
+            return small, True
+    return min(side, math.isqrt(count)), False
 
 
 @register("family", "llava_next")
@@ -44,6 +94,108 @@ class LlavaNext(Family):
     hosts = ("LlavaNextForConditionalGeneration",)
 
     def blocks(self, model: Any, output: Any, kwargs: dict[str, Any], modality: str) -> list[list[Block]]:
-        """Base grid and mosaic of every picture."""
+        """Base grid and mosaic of every picture; where crops end is known if `image_sizes` are given."""
         newline = getattr(self.base(model), "image_newline", None)
-        return [anyres_blocks(f, newline) for f in self.features(model, output)]
+        found = [anyres_blocks(f, newline) for f in self.features(model, output)]
+        if kwargs.get("image_sizes") is None:
+            return found
+        for image, size in zip(found, kwargs["image_sizes"].tolist()):
+            if len(image) == 2:
+                image[1] = crop_edges(image[1], tuple(size), self.layout(model, size), self.side(model))
+        return found
+
+    def side(self, model: Any) -> int:
+        """Patches along the side of a crop."""
+        vision = model.config.vision_config
+        return int(vision.image_size // vision.patch_size)
+
+    def layout(self, model: Any, size: list[int]) -> tuple[int, int]:
+        """Rows and columns of crops of a picture of that height and width."""
+        module = sys.modules[type(self.base(model)).__module__]
+        config = model.config
+        shape = module.get_anyres_image_grid_shape(size, config.image_grid_pinpoints, config.vision_config.image_size)
+        return int(shape[0]), int(shape[1])
+
+    def tiles(self, model: Any, kwargs: dict[str, Any]) -> list[int]:
+        """Tiles of every picture."""
+        layouts = [self.layout(model, size) for size in kwargs["image_sizes"].tolist()]
+        return [1 + rows * cols for rows, cols in layouts]
+
+    def packing(self, model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Further arguments of the host's own packing."""
+        given = kwargs.get("vision_feature_select_strategy")
+        return {"vision_feature_select_strategy": given or model.config.vision_feature_select_strategy}
+
+    def spread(self, model: Any, kwargs: dict[str, Any], modality: str, tokens: Tensor) -> list[Tensor]:
+        """As the host packs features, with zeros for newlines."""
+        base: Any = self.base(model)
+        newline = None if base.image_newline is None else tokens.new_zeros(tokens.shape[-1])
+        tiles = tokens.split(self.tiles(model, kwargs))
+        packing = self.packing(model, kwargs)
+        packed, _ = base.pack_image_features(tiles, kwargs["image_sizes"], image_newline=newline, **packing)
+        return list(packed)
+
+    def encode_smaller(
+        self, model: Any, kwargs: dict[str, Any], count: Callable[[int], int], runs: dict[str, list[int]]
+    ) -> dict[str, Smaller]:
+        """All tiles of a picture on smaller squares; the small mosaic is unpadded like the full one."""
+        side, base = self.side(model), model.base_model
+        tiles, sizes = self.tiles(model, kwargs), kwargs["image_sizes"].tolist()
+        pixels: Tensor = kwargs["pixel_values"]
+        pieces = [p[:n] for p, n in zip(pixels, tiles)] if pixels.ndim == 5 else list(pixels.split(tiles))
+        ones = self.spread(model, kwargs, "image", pixels.new_ones(sum(tiles), side**2, 1))
+        plain = None if base.image_newline is None else pixels.new_zeros(1)
+        blocks = [anyres_blocks(f, plain) for f in ones]
+        layouts = [self.layout(model, size) if n > 1 else (0, 0) for size, n in zip(sizes, tiles)]
+        plan = [
+            small_side(side, (size[1], size[0]), layout, count(sum(b.length for b in image)), image)
+            for size, layout, image in zip(sizes, layouts, blocks)
+        ]
+        found: list[Tensor] = [pixels] * len(plan)
+        grids: list[list[tuple[int, ...]]] = [[] for _ in plan]
+        output: Any = None
+        for small in sorted({s for s, _ in plan}):
+            mine = [i for i, (s, _) in enumerate(plan) if s == small]
+            used = [pieces[i] if plan[i][1] else pieces[i][:1] for i in mine]
+            output, features = self.project_smaller(model, kwargs, torch.cat(used), small)
+            for i, f in zip(mine, features.split([len(u) for u in used])):
+                layout = layouts[i] if plan[i][1] else (0, 0)
+                found[i], grids[i] = self._packed(model, f, small, (sizes[i][1], sizes[i][0]), layout, blocks[i])
+        output.pooler_output = found  # a list, as the host has it
+        return {"image": Smaller(output=output, features=found, blocks=blocks, grids=grids)}
+
+    def project_smaller(self, model: Any, kwargs: dict[str, Any], tiles: Tensor, small: int) -> tuple[Any, Tensor]:
+        """Tiles as squares of small x small patches through tower and projector: output and (tiles, n, D)."""
+        config, patch = model.config, model.config.vision_config.patch_size
+        size = (small * patch, small * patch)
+        pixels = tiles if tiles.shape[-2:] == size else resized(tiles, size)
+        output = self.tower(model)(pixels, interpolate_pos_encoding=True, output_hidden_states=True, return_dict=True)
+        layer = kwargs.get("vision_feature_layer") or config.vision_feature_layer
+        layers = [layer] if isinstance(layer, int) else layer
+        hidden = torch.cat([output.hidden_states[i] for i in layers], dim=-1)
+        if (kwargs.get("vision_feature_select_strategy") or config.vision_feature_select_strategy) == "default":
+            hidden = hidden[:, 1:]
+        return output, self.projector(model)(hidden)
+
+    def _packed(
+        self,
+        model: Any,
+        features: Tensor,
+        side: int,
+        size: tuple[int, int],
+        layout: tuple[int, int],
+        blocks: list[Block],
+    ) -> tuple[Tensor, list[tuple[int, ...]]]:
+        """Features of one picture (tiles, side * side, D) as the host would pack them, and their grids."""
+        newline = model.base_model.image_newline
+        ends = features.new_zeros(0, features.shape[-1]) if newline is None else newline[None].to(features)
+        if len(blocks) == 1:
+            return torch.cat([features[0], ends]), [(side, side)]
+        if layout == (0, 0):
+            return features[0], [(side, side), ()]
+        top, bottom, left, right = valid_rectangle(size, layout, side)
+        mosaic = features[1:].view(*layout, side, side, -1).transpose(1, 2).flatten(2, 3).flatten(0, 1)
+        mosaic = mosaic[top:bottom, left:right]
+        grid = (int(mosaic.shape[0]), int(mosaic.shape[1]))
+        mosaic = torch.cat([mosaic, ends.expand(len(mosaic), *ends.shape)], dim=1)
+        return torch.cat([features[0], mosaic.flatten(0, 1)]), [(side, side), grid]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 
 from vistok.compress.grid import centre_of, fit_grid
 from vistok.compress.reduction import Reduction
-from vistok.plugins.families.base import PIXELS, Block, Family
+from vistok.plugins.families.base import PIXELS, Block, Family, Smaller
 from vistok.registry import register
 
 GRIDS = {"image": "image_grid_thw", "video": "video_grid_thw"}
@@ -24,6 +25,7 @@ class Qwen2VL(Family):
     hosts: ClassVar[tuple[str, ...]] = ("Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration")
     mrope = True
     consumed = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
+    withheld: ClassVar[dict[str, str]] = {"class_token": "its tower has none"}
 
     def tower(self, model: Any) -> Any:
         """The vision module."""
@@ -43,6 +45,56 @@ class Qwen2VL(Family):
         tokens = (t, h // m, w // m)
         return Block(columns=torch.arange(tokens[0] * tokens[1] * tokens[2]), grid=tokens if t > 1 else tokens[1:])
 
+    def attentions(self, model: Any) -> list[Any]:
+        """Attention of every block, queries, keys and values in one projection."""
+        return [block.attn for block in self.tower(model).blocks]
+
+    def block_number(self, model: Any, block: int, depth: int) -> int:
+        """As usual, but where most blocks look at windows only, the next one that looks at the whole picture."""
+        number = super().block_number(model, block, depth)
+        whole = getattr(self.tower(model), "fullatt_block_indexes", None) or range(depth)
+        return min((i for i in whole if i >= number), default=max(whole))
+
+    def projector(self, model: Any) -> Any:
+        """Merges patches and projects them."""
+        return self.tower(model).merger
+
+    def pooled(self, model: Any, patches: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """Means over the patches of a token, in the order of the features."""
+        return self._in_order(model, patches[0].unflatten(0, (-1, self.merge(model) ** 2)).mean(1), kwargs)
+
+    def unprojected(self, model: Any, inputs: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """The patches of a token side by side, in the order of the features."""
+        return self._in_order(model, inputs.unflatten(0, (-1, self.merge(model) ** 2)).flatten(1), kwargs)
+
+    def _in_order(self, model: Any, tokens: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """Undo the order of windows that some towers work in, (n, C) -> (1, n, C)."""
+        tower = self.tower(model)
+        if not hasattr(tower, "window_size"):
+            return tokens.unsqueeze(0)
+        grids = [kwargs[name] for modality, name in GRIDS.items() if kwargs.get(PIXELS[modality]) is not None]
+        if hasattr(tower, "get_window_index"):  # transformers up to 5.23
+            order = tower.get_window_index(grids[0])[0]
+        else:
+            order = sys.modules[type(tower).__module__].get_vision_window_index(
+                grids[0],
+                spatial_merge_size=tower.spatial_merge_size,
+                window_size=tower.window_size,
+                patch_size=tower.patch_size,
+                kwargs={},
+            )[0]
+        return tokens[torch.argsort(order.to(tokens.device))].unsqueeze(0)
+
+    def spread(self, model: Any, kwargs: dict[str, Any], modality: str, tokens: Tensor) -> list[Tensor]:
+        """One piece per picture or clip."""
+        sizes = (kwargs[GRIDS[modality]].prod(-1) // self.merge(model) ** 2).tolist()
+        return list(tokens[0].split(sizes))
+
+    def project(self, model: Any, tokens: Tensor) -> Tensor:
+        """Back to patches, through the merger."""
+        found: Tensor = self.projector(model)(tokens.reshape(len(tokens) * self.merge(model) ** 2, -1))
+        return found
+
     def positions(self, model: Any, kwargs: dict[str, Any], *, generating: bool) -> Tensor:
         """Text position, time, height and width of every column, (4, B, L)."""
         text = super().positions(model, kwargs, generating=generating)
@@ -56,27 +108,32 @@ class Qwen2VL(Family):
         return torch.cat([text.unsqueeze(0).to(axes), axes])
 
     def encode_smaller(
-        self, model: Any, kwargs: dict[str, Any], quota: Callable[[Block], int]
-    ) -> tuple[dict[str, Any], dict[str, list[list[Block]]]]:
+        self, model: Any, kwargs: dict[str, Any], count: Callable[[int], int], runs: dict[str, list[int]]
+    ) -> dict[str, Smaller]:
         """Resize every picture to a smaller grid of whole tokens and recompute the grid."""
-        changed = dict(kwargs)
+        changed, found = dict(kwargs), {}
         blocks: dict[str, list[list[Block]]] = {}
+        smalls: dict[str, list[list[tuple[int, ...]]]] = {}
         for modality, name in PIXELS.items():
             if kwargs.get(name) is None:
                 continue
             grids = kwargs[GRIDS[modality]].tolist()
             pieces = kwargs[name].split([t * h * w for t, h, w in grids])
             blocks[modality] = [[self._block(model, grid)] for grid in grids]
-            small, new_grids = [], []
+            smalls[modality], resized, new_grids = [], [], []
             for patches, grid, (block,) in zip(pieces, grids, blocks[modality]):
                 assert block.grid is not None
-                tokens = fit_grid(block.grid, quota(block))
-                resized, new_grid = self._resize(model, patches, grid, tokens)
-                small.append(resized)
+                tokens = fit_grid(block.grid, count(block.length))
+                small, new_grid = self._resize(model, patches, grid, tokens)
+                resized.append(small)
                 new_grids.append(new_grid)
-            changed[name] = torch.cat(small)
+                smalls[modality].append([tokens])
+            changed[name] = torch.cat(resized)
             changed[GRIDS[modality]] = torch.tensor(new_grids, device=kwargs[GRIDS[modality]].device)
-        return self.encode(model, changed), blocks
+        for modality, output in self.encode(model, changed).items():
+            features = self.features(model, output)
+            found[modality] = Smaller(output=output, features=features, blocks=blocks[modality], grids=smalls[modality])
+        return found
 
     def _resize(
         self, model: Any, patches: Tensor, grid: list[int], tokens: tuple[int, ...]
