@@ -50,14 +50,15 @@ class Transformer(nn.Module):
         depth: Number of blocks.
         num_heads: Attention heads.
         mlp_ratio: Hidden width of the MLPs over D.
+        eps: Epsilon of the layer norms.
 
     Attributes:
         gradient_checkpointing: Recompute activations in the backward pass instead of keeping them.
     """
 
-    def __init__(self, dim: int, depth: int, num_heads: int, *, mlp_ratio: float = 4.0) -> None:
+    def __init__(self, dim: int, depth: int, num_heads: int, *, mlp_ratio: float = 4.0, eps: float = 1e-5) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(Block(dim, num_heads, mlp_ratio=mlp_ratio) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(dim, num_heads, mlp_ratio=mlp_ratio, eps=eps) for _ in range(depth))
         self.gradient_checkpointing = False
 
     def forward(self, x: Tensor, rows: slice | None = None, valid: Tensor | None = None) -> Tensor:
