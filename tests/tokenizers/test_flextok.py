@@ -371,3 +371,33 @@ def test_rows_of_several_groups_attend_as_their_sequences_do():
             )
             torch.testing.assert_close(found[rows], one.transpose(0, 1).flatten(1))
     np.testing.assert_equal(layout.border, 16)
+
+
+@pytest.mark.parametrize("guidance", [APG(5.0), CFG(1.0)])
+def test_several_lengths_at_once_equal_one_by_one(tok, guidance):
+    tokens = tok.encode(image(2, 64))
+    counts = (1, 4, 15, 16)
+    at_once = tok.decode_lengths(tokens, counts, steps=3, guidance=guidance)
+    for k, pictures in zip(counts, at_once):
+        alone = tok.decode(tokens[:, :k], steps=3, guidance=guidance)
+        torch.testing.assert_close(pictures, alone, rtol=0, atol=1e-4)
+    assert float((at_once[0] - at_once[2]).abs().max()) > 1e-3
+    assert torch.equal(tok.decode_lengths(tokens.ids, counts, steps=3, guidance=guidance)[1], at_once[1])
+    with pytest.raises(ValueError, match=r"num_tokens is 1\.\.16"):
+        tok.decode_lengths(tokens, (4, 17))
+
+
+def test_several_lengths_share_the_network_calls(tok):
+    rows, run = [], tok.decoder.run
+
+    def watched(x, registers, groups, *args, **kwargs):
+        rows.append(sum(group.count * (64 + group.registers) for group in groups))
+        return run(x, registers, groups, *args, **kwargs)
+
+    tok.decoder.run = watched
+    try:
+        tok.decode_lengths(tok.encode(image(1, 64)), (1, 4), steps=2, guidance=3.0)
+    finally:
+        del tok.decoder.run
+    given, null = (64 + 2) + (64 + 5), 64 + 1
+    assert rows == [given, null, given + 2 * null]  # the unguided branch once, then where the lengths have parted

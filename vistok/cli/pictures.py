@@ -118,7 +118,8 @@ def reconstruct(
     from vistok.image import find_pictures, read_batches, save_png, to_pictures
 
     found = files.collect(sources, find_pictures)
-    counts: list[int | None] = list(dict.fromkeys(files.numbers(tokens, "--tokens"))) or [None]
+    lengths = list(dict.fromkeys(files.numbers(tokens, "--tokens")))
+    counts: list[int | None] = [*lengths] or [None]
     endings = {k: "" if k is None else f".{k}" for k in counts}
     places = {k: files.targets(found, out, f"{end}.png", overwrite=overwrite) for k, end in endings.items()}
     grid = out / ("ladder.png" if len(counts) > 1 else f"comparison{endings[counts[0]]}.png")
@@ -131,7 +132,8 @@ def reconstruct(
     with progress("reconstruct", len(found)) as advance:
         for paths, images in read_batches(list(found), tokenizer.preprocess, batch, broken=broken.reasons):
             made = tokenizer.encode(images, text=caption)
-            rebuilt = {k: tokenizer.decode(made if k is None else tokenizer.prefix(made, k)).cpu() for k in counts}
+            decoded = tokenizer.decode_lengths(made, lengths) if lengths else [tokenizer.decode(made)]
+            rebuilt = {k: pictures.cpu() for k, pictures in zip(counts, decoded)}
             for k, pictures in rebuilt.items():
                 for path, picture in zip(paths, to_pictures(pictures)):
                     save_png(picture, places[k][path])

@@ -130,3 +130,8 @@ class Batch:
         """Numbers in [0, 1) per sample, float64, (B, count), keyed by (seed, stream, position)."""
         rows = [keyed(self.seed, stream, int(p)).random(count) for p in self.positions]
         return torch.from_numpy(np.stack(rows)).to(self.images.device)
+
+    def normal(self, stream: str, shape: Sequence[int]) -> Tensor:
+        """Standard normal numbers per sample, float32, (B, *shape), keyed by (seed, stream, position)."""
+        rows = [keyed(self.seed, stream, int(p)).standard_normal(shape, dtype=np.float32) for p in self.positions]
+        return torch.from_numpy(np.stack(rows)).to(self.images.device)

@@ -17,9 +17,9 @@ from vistok.flow.samplers import (
     MidpointSampler,
     RungeKuttaSampler,
     Sampler,
-    shift_time,
 )
-from vistok.flow.time import TimeEmbedding, time_features
+from vistok.flow.sampling import Sampling
+from vistok.flow.time import TimeEmbedding, shift_time, time_features
 
 __all__ = [
     "APG",
@@ -35,6 +35,7 @@ __all__ = [
     "RectifiedFlow",
     "RungeKuttaSampler",
     "Sampler",
+    "Sampling",
     "TimeEmbedding",
     "shift_time",
     "time_features",

@@ -9,6 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from vistok.flow.time import shift_time
+
 
 @dataclass(frozen=True, kw_only=True)
 class RectifiedFlow:
@@ -21,6 +23,7 @@ class RectifiedFlow:
     Attributes:
         t_sampler: Law of the training times.
         mode_scale: s of `mode`; the map is monotone for -1 <= s <= 2 / (pi - 2) = 1.752.
+        shift: Move the times towards the noise, see `shift_time`; 1 leaves them.
         stratified: For `logit_normal`, one draw in each of B equal shares of probability, in batch order.
         prediction: What the network gives: the velocity noise - data, or the data themselves (arXiv 2511.13720), from
             which the velocity is (x_t - data) / t.
@@ -29,6 +32,7 @@ class RectifiedFlow:
 
     t_sampler: Literal["logit_normal", "uniform", "mode"] = "logit_normal"
     mode_scale: float = 0.0
+    shift: float = 1.0
     stratified: bool = False
     prediction: Literal["velocity", "data"] = "velocity"
     least_t: float = 0.05
@@ -40,6 +44,8 @@ class RectifiedFlow:
             )
         if self.stratified and self.t_sampler != "logit_normal":
             raise ValueError(f"Stratified times are logit-normal; t_sampler is {self.t_sampler!r}.")
+        if not self.shift > 0:
+            raise ValueError(f"The time shift is positive, got {self.shift}.")
         if not 0 < self.least_t <= 1:
             raise ValueError(f"least_t lies in (0, 1], got {self.least_t}.")
 
@@ -69,6 +75,10 @@ class RectifiedFlow:
         )
         if self.stratified:
             u = (torch.arange(batch, device=u.device) + offset + u) / (total or batch)
+        t = self._law(u)
+        return t if self.shift == 1 else shift_time(t, self.shift)
+
+    def _law(self, u: Tensor) -> Tensor:
         if self.t_sampler == "logit_normal":
             return self.from_normal(math.sqrt(2.0) * torch.erfinv(2 * u - 1))
         if self.t_sampler == "uniform":

@@ -14,13 +14,9 @@ import torch
 from torch import Tensor
 
 from vistok.flow.guidance import Guidance
+from vistok.flow.time import shift_time
 
 Field = Callable[[Tensor, float], Tensor]
-
-
-def shift_time(t: float, shift: float) -> float:
-    """Move times towards the noise for shift > 1: s t / (1 + (s - 1) t) (SD3, arXiv 2403.03206, equation 23)."""
-    return shift * t / (1 + (shift - 1) * t)
 
 
 class Sampler:

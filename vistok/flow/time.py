@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import math
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+
+T = TypeVar("T", float, Tensor)
+
+
+def shift_time(t: T, shift: float) -> T:
+    """Move times towards the noise for shift > 1: s t / (1 + (s - 1) t) (SD3, arXiv 2403.03206, equation 23)."""
+    return shift * t / (1 + (shift - 1) * t)
 
 
 def time_features(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -151,6 +152,22 @@ class Tokenizer(Identified):
         kept = {k: v for k, v in given.items() if v is not None} | self._text_option(text, len(codes))
         return self.decode_codes(codes, **kept, **short, **self._grid_option(grid)).float().clamp(0, 1)
 
+    def decode_lengths(self, tokens: Tokens | Tensor, counts: Sequence[int], **options: Any) -> list[Tensor]:
+        """Decode the same tokens at several lengths; a generative decoder starts from the same noise each time.
+
+        Args:
+            tokens: Tokens of this model, or int64 ids.
+            counts: Tokens to keep of every row.
+            **options: As for `decode`; noise, in place of a generator.
+
+        Returns:
+            Pictures (B, 3, H, W) for each count, what `decode` gives for `tokens[:, :k]`.
+
+        Raises:
+            ValueError: As for `decode` and `prefix`.
+        """
+        return [self.decode(self.prefix(self.as_tokens(tokens), k), **options) for k in counts]
+
     def forward(
         self,
         images: Tensor,
@@ -270,13 +287,23 @@ class Tokenizer(Identified):
             )
         self._check_length(tokens)
 
-    def tokens_to_codes(self, tokens: Tokens | Tensor) -> Tensor:
-        """Checked tokens or ids -> codes (B, N, D)."""
+    def as_tokens(self, tokens: Tokens | Tensor) -> Tokens:
+        """Tokens as they are, plain ids as tokens of this model.
+
+        Raises:
+            ValueError: Ids outside the vocabulary or of another shape.
+            TypeError: Neither.
+        """
         if isinstance(tokens, Tensor):
             self._check_ids(tokens)
-            tokens = Tokens(ids=tokens.to(torch.int64), vocab=self.quantizer.vocab_sizes, grid=self.grid)
-        elif not isinstance(tokens, Tokens):
+            return Tokens(ids=tokens.to(torch.int64), vocab=self.quantizer.vocab_sizes, grid=self.grid)
+        if not isinstance(tokens, Tokens):
             raise TypeError(f"Decode takes Tokens or a tensor of ids, got {type(tokens).__name__}.")
+        return tokens
+
+    def tokens_to_codes(self, tokens: Tokens | Tensor) -> Tensor:
+        """Checked tokens or ids -> codes (B, N, D)."""
+        tokens = self.as_tokens(tokens)
         self.check_tokens(tokens)
         tokens = tokens.to(self.device)
         if tokens.ids is None:

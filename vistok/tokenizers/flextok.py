@@ -5,20 +5,19 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from vistok.config import Of, Spec, create
-from vistok.flow import APG, CFG, SAMPLERS, Guidance, RectifiedFlow, Sampler
+from vistok.flow import Guidance, RectifiedFlow, Sampling
 from vistok.image import Preprocess
 from vistok.quantizers.base import Quantizer
 from vistok.registry import preset, register
 from vistok.tokenizers.base import Tokenizer, TokenizerOutput
 from vistok.tokenizers.flextok_blocks import Size
-from vistok.tokenizers.flextok_net import Condition, RegisterEncoder, VelocityDecoder
+from vistok.tokenizers.flextok_net import Condition, Ladder, RegisterEncoder, VelocityDecoder
 from vistok.tokenizers.kl_vae import KLFrontend, PixelFrontend, Vae, resolve
 from vistok.tokens import Tokens
 
@@ -27,44 +26,6 @@ NestedDropout = Literal["uniform", "pow2", "uniform_pow2"]
 
 
 SIZES = {f"d{n}": Size(width=64 * n, depth=n, heads=n) for n in (12, 18, 28)}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How tokens are decoded unless `decode` says otherwise; the defaults are those of the released pipeline.
-
-    Attributes:
-        sampler: One of `vistok.flow.SAMPLERS`.
-        steps: Sampling steps (the model card of FlexTok has 20, its generation code 25).
-        shift: Shift of the time grid.
-        guidance: Scale; 1 for none.
-        kind: `apg` or `cfg`.
-        eta: See `vistok.flow.APG`, also below.
-        norm_threshold: Longest guidance vector.
-        momentum: Momentum of the guidance vector.
-    """
-
-    sampler: Literal["euler", "heun", "midpoint", "rk4", "ab2"] = "euler"
-    steps: int = 25
-    shift: float = 1.0
-    guidance: float = 7.5
-    kind: Literal["apg", "cfg"] = "apg"
-    eta: float = 0.0
-    norm_threshold: float = 2.5
-    momentum: float = -0.5
-
-    def guide(self, scale: float | Callable[[float], float] | Guidance | None = None) -> Guidance:
-        """The guidance, with another scale if given; a guidance object is taken as it is."""
-        if isinstance(scale, Guidance):
-            return scale
-        scale = self.guidance if scale is None else scale
-        if self.kind == "cfg":
-            return CFG(scale)
-        return APG(scale, eta=self.eta, norm_threshold=self.norm_threshold, momentum=self.momentum)
-
-    def build(self, steps: int | None = None) -> Sampler:
-        """The sampler, with another number of steps if given."""
-        return SAMPLERS[self.sampler](self.steps if steps is None else steps, shift=self.shift)
 
 
 @register("tokenizer", "flextok")
@@ -160,6 +121,7 @@ class FlexTok(Tokenizer):
             head_modulation=head_modulation,
             read=repa_layer,
         )
+        self.repa_dim = repa_dim
         self.repa = None if repa_dim is None else projector(two.width, repa_dim)
         initialise(self)
 
@@ -245,6 +207,29 @@ class FlexTok(Tokenizer):
         start = self.start(len(codes), generator, noise)
         condition = Condition(self.decoder, codes, lengths, sampler.evaluated, self.patches)
         return sampler(self.field(condition), start, guide)
+
+    @torch.no_grad()
+    def decode_lengths(
+        self,
+        tokens: Tokens | Tensor,
+        counts: Sequence[int],
+        *,
+        steps: int | None = None,
+        guidance: float | Callable[[float], float] | Guidance | None = None,
+        noise: Tensor | None = None,
+    ) -> list[Tensor]:
+        """As `Tokenizer.decode_lengths`, in one batch that shares what does not depend on the length (see `Ladder`)."""
+        tokens = self.as_tokens(tokens)
+        for k in counts:
+            self.prefix(tokens, k)
+        codes = self.tokens_to_codes(tokens)
+        if not counts or codes.shape[1] < max(counts) or bool((tokens.lengths < max(counts)).any()):
+            return super().decode_lengths(tokens, counts, steps=steps, guidance=guidance, noise=noise)
+        sampler, guide = self.sampling.build(steps), self.sampling.guide(guidance)
+        condition = Ladder(self.decoder, codes, counts, sampler.evaluated, self.patches)
+        start = self.start(len(codes), noise=noise).repeat(len(counts), 1, 1, 1)
+        latents = sampler(self.field(condition), start, guide)
+        return [self.frontend.decode(part).float().clamp(0, 1) for part in latents.split(len(codes))]
 
     def start(self, batch: int, generator: torch.Generator | None = None, noise: Tensor | None = None) -> Tensor:
         """Noise to start from, (B, C, h, w) float32; see `decode_latents`."""

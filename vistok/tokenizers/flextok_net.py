@@ -163,10 +163,13 @@ class VelocityDecoder(nn.Module):
         x = self.tokens(codes)
         mask_token = self.mask_token.expand(len(x), self.num_tokens - x.shape[1], -1)
         x = torch.cat([x, mask_token.to(x.dtype)], 1)
-        if lengths is not None:
-            beyond = torch.arange(self.num_tokens, device=x.device) >= lengths[:, None]
-            x = torch.where(beyond[..., None], self.mask_token.to(x.dtype), x)
+        x = x if lengths is None else self.masked(x, lengths)
         return x if null is None else torch.where(null[:, None, None], self.null_token.to(x.dtype), x)
+
+    def masked(self, registers: Tensor, lengths: Tensor) -> Tensor:
+        """Registers (B, K, D) with mask vectors from each row's length (B,) on."""
+        beyond = torch.arange(self.num_tokens, device=registers.device) >= lengths[:, None]
+        return torch.where(beyond[..., None], self.mask_token.to(registers.dtype), registers)
 
     def modulations(self, t: Tensor) -> tuple[list[Tensor], Tensor | None]:
         """Vectors of every block (6, T, 2, D) and of the head (T, 2, D) for times (T,)."""
@@ -235,17 +238,25 @@ class Condition:
     def __init__(
         self, decoder: VelocityDecoder, codes: Tensor, lengths: Tensor | None, times: Sequence[float], patches: int
     ) -> None:
-        full = decoder.num_tokens
         longest = codes.shape[1] if lengths is None else int(lengths.max())
-        kept = decoder.registers(codes[:, :longest], lengths)[:, : min(longest + 1, full)]
-        self.decoder, self.batch = decoder, len(codes)
-        null = decoder.null_token.to(kept.dtype).expand(len(codes), 1, -1)
-        self.rows = [kept.flatten(0, 1), torch.cat([kept.flatten(0, 1), null.flatten(0, 1)])]
-        given = Group(len(codes), kept.shape[1], _counted(patches + kept.shape[1], full - kept.shape[1] + 1, kept))
-        self.groups = [(given,), (given, Group(len(codes), 1, _counted(patches + 1, full, kept)))]
+        registers = decoder.registers(codes[:, :longest], lengths)
+        self._prepare(decoder, [(registers, longest)], times, patches)
+
+    def _prepare(
+        self, decoder: VelocityDecoder, parts: Sequence[tuple[Tensor, int]], times: Sequence[float], patches: int
+    ) -> None:
+        """`parts`: all K registers (B, K, D) and how many of them, one group of sequences each."""
+        full, batch = decoder.num_tokens, sum(len(registers) for registers, _ in parts)
+        self.decoder, self.batch = decoder, batch
+        kept = [registers[:, : min(k + 1, full)] for registers, k in parts]
+        given = tuple(Group(len(x), x.shape[1], _counted(patches + x.shape[1], full - x.shape[1] + 1, x)) for x in kept)
+        like = kept[0]
+        null = decoder.null_token.to(like.dtype).expand(batch, -1)
+        self.empty = (Group(batch, 1, _counted(patches + 1, full, like)),)
+        self.rows = [torch.cat([x.flatten(0, 1) for x in kept]), null]
+        self.groups = given
         known = sorted(set(times))
-        device = kept.device
-        vectors, head = decoder.modulations(torch.tensor(known, dtype=torch.float32, device=device))
+        vectors, head = decoder.modulations(torch.tensor(known, dtype=torch.float32, device=like.device))
         self.table = {
             t: ([v[:, i : i + 1] for v in vectors], None if head is None else head[i : i + 1])
             for i, t in enumerate(known)
@@ -253,9 +264,44 @@ class Condition:
 
     def __call__(self, x: Tensor, t: float, branches: int = 1) -> tuple[Tensor, ...]:
         """Outputs (B, C, H, W) with the tokens and, for two branches, without."""
-        vectors, head = self.table[t]
-        out, _ = self.decoder.run(x, self.rows[branches - 1], self.groups[branches - 1], vectors, head)
-        return out.split(self.batch)
+        rows, groups = self.rows[0], self.groups
+        if branches == 2:
+            rows, groups = torch.cat(self.rows), (*self.groups, *self.empty)
+        return self.decoder.run(x, rows, groups, *self.table[t])[0].split(self.batch)
+
+
+class Ladder(Condition):
+    """The same tokens at several lengths, as one batch: all rows of the first length, then of the second, and so on.
+
+    Every length is a group of its own, so nothing is padded; embedding, modulations and noise are shared, and so is the
+    unguided branch of the first evaluation, where all lengths still have the same latents.
+
+    Args:
+        decoder: The network.
+        codes: (B, N, code_dim), N <= K.
+        counts: Lengths, each at most N.
+        times: As for `Condition`.
+        patches: Patches of the latents, P.
+    """
+
+    def __init__(
+        self, decoder: VelocityDecoder, codes: Tensor, counts: Sequence[int], times: Sequence[float], patches: int
+    ) -> None:
+        registers, size = decoder.registers(codes), len(codes)
+        lengths = [torch.full((size,), k, device=codes.device) for k in counts]
+        masked = [decoder.masked(registers, k) for k in lengths]
+        self._prepare(decoder, list(zip(masked, counts)), times, patches)
+        self.single, self.first = size, True
+
+    def __call__(self, x: Tensor, t: float, branches: int = 1) -> tuple[Tensor, ...]:
+        """See `Condition`."""
+        if not self.first or branches == 1:
+            return super().__call__(x, t, branches)
+        self.first = False
+        (given,) = super().__call__(x, t, 1)
+        one = (Group(self.single, 1, self.empty[0].mask),)
+        null, _ = self.decoder.run(x[: self.single], self.rows[1][: self.single], one, *self.table[t])
+        return given, null.repeat(self.batch // self.single, 1, 1, 1)
 
 
 def _counted(length: int, times: int, like: Tensor) -> Tensor | None:

@@ -1,0 +1,132 @@
+"""Representation alignment: features of a network in training are pulled towards those of a frozen DINOv2."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vistok import assets
+from vistok.losses.base import FrozenLoss, freeze
+from vistok.registry import register
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+PATCH = 14
+_NAMES = {"small": "vits14", "base": "vitb14", "large": "vitl14"}
+
+for _size, _short in _NAMES.items():
+    assets.add(
+        assets.Asset(
+            name=f"dinov2_{_short}",
+            summary=f"DINOv2 {_short} (arXiv 2304.07193), backbone",
+            licence="Apache-2.0",
+            sources=(
+                assets.Source(filename="model.safetensors", hub=f"timm/vit_{_size}_patch14_dinov2.lvd142m"),
+                assets.Source(
+                    filename=f"dinov2_{_short}_pretrain.pth",
+                    url=f"https://dl.fbaipublicfiles.com/dinov2/dinov2_{_short}/dinov2_{_short}_pretrain.pth",
+                ),
+            ),
+        )
+    )
+
+
+@register("loss", "repa")
+class Repa(FrozenLoss):
+    """REPA (arXiv 2410.06940): minus the mean cosine between projected features and DINOv2's patch features.
+
+    Both are resized bilinearly to one grid first. FlexTok has DINOv2-L and a grid of 37 x 37, which is its own at 518
+    pixels; how large a picture it saw was not published, a third party's trainer feeds 224 pixels and interpolates.
+
+    Args:
+        teacher: Size of the DINOv2 (timm's `vit_*_patch14_dinov2`).
+        image_size: Side at which the teacher sees the picture, a multiple of 14.
+        grid: Side of the common grid.
+        weights: File of the teacher's weights; None looks for asset `dinov2_vits14`, `_vitb14` or `_vitl14`, see
+            `vistok.assets.find`.
+
+    Attributes:
+        width: Channels of the teacher's features.
+
+    Raises:
+        AssetError: No weights on this machine, or others; the message lists where they can come from.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(
+        self,
+        *,
+        teacher: Literal["small", "base", "large"] = "large",
+        image_size: int = 518,
+        grid: int = 37,
+        weights: Path | None = None,
+    ) -> None:
+        import timm
+
+        super().__init__()
+        if image_size < PATCH or image_size % PATCH or grid < 1:
+            raise ValueError(f"image_size is a multiple of {PATCH} and grid positive, got {image_size} and {grid}.")
+        path = assets.find(f"dinov2_{_NAMES[teacher]}", weights)
+        name = f"vit_{teacher}_patch14_dinov2"
+        self.vit = timm.create_model(name, pretrained=False, num_classes=0, img_size=image_size)
+        _load(self.vit, assets.read_tensors(path), path)
+        self.width: int = self.vit.num_features
+        self.image_size, self.grid = image_size, grid
+        mean, std = torch.tensor(MEAN).view(1, 3, 1, 1), torch.tensor(STD).view(1, 3, 1, 1)
+        self.register_buffer("scale", 1 / std)
+        self.register_buffer("shift", mean)
+        freeze(self)
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """Pictures in [0, 1], (B, 3, H, W) -> normalised patch features (B, h, w, width), h = w = image_size / 14."""
+        size = (self.image_size, self.image_size)
+        if images.shape[-2:] != size:
+            images = F.interpolate(images, size=size, mode="bicubic", antialias=True)
+        tokens = self.vit.forward_features((images - self.shift) * self.scale)
+        side = self.image_size // PATCH
+        return tokens[:, self.vit.num_prefix_tokens :].unflatten(1, (side, side))
+
+    def forward(self, features: Tensor, images: Tensor) -> Tensor:
+        """Loss of every picture, float32.
+
+        Args:
+            features: Projected features, (B, h, w, width).
+            images: The clean pictures in [0, 1], (B, 3, H, W).
+
+        Returns:
+            (B,), between -1 (aligned) and 1.
+
+        Raises:
+            ValueError: Features of another width.
+        """
+        if features.ndim != 4 or features.shape[-1] != self.width:
+            raise ValueError(
+                f"The teacher's features have {self.width} channels, got {tuple(features.shape)}. "
+                f"Set the model's repa_dim to {self.width}."
+            )
+        own, target = (_resized(x.float(), self.grid) for x in (features, self.features(images)))
+        return -F.cosine_similarity(own, target, dim=1).flatten(1).mean(1)
+
+
+def _resized(x: Tensor, side: int) -> Tensor:
+    """(B, h, w, D) -> (B, D, side, side)."""
+    x = x.permute(0, 3, 1, 2)
+    return x if x.shape[-2:] == (side, side) else F.interpolate(x, size=(side, side), mode="bilinear")
+
+
+def _load(vit: torch.nn.Module, found: dict[str, Tensor], path: Path) -> None:
+    """Load timm's or Meta's file; positions are interpolated to the size at hand as timm does it."""
+    from timm.models.vision_transformer import checkpoint_filter_fn
+
+    found = {re.sub(r"^(module|backbone)\.", "", k): v for k, v in found.items() if not k.endswith("mask_token")}
+    try:
+        vit.load_state_dict(checkpoint_filter_fn(found, vit))
+    except (RuntimeError, KeyError, AttributeError) as err:
+        raise assets.AssetError(f"{path} is no DINOv2 of this size: {str(err).splitlines()[0]}") from err
