@@ -19,6 +19,7 @@ from vistok.compress.methods.sparsevlm import rater_weights
 from vistok.compress.methods.transprune import TransPrune
 from vistok.compress.score import rotary_gravity, row_probabilities, transition
 from vistok.compress.select import hash_scores, segment_mean, top_in_segments
+from vistok.compress.signals import Level, Signals
 from vistok.compress.view import View
 
 LLAVA = HostShape(depth=32, width=4096, mlp=11008, heads=32, kv_heads=32, head_dim=128)
@@ -239,6 +240,38 @@ def test_the_door_keeps_what_it_promised(budget):
         assert len(index) == door.count(144, budget)
         assert torch.equal(index, index.unique())
         assert torch.equal(index, door.keep(features, budget, method=method, grid=(12, 12)))
+
+
+@pytest.mark.parametrize("budget", [0.3, 37, 144])
+def test_the_door_takes_signals_and_decides_per_picture(budget):
+    generator = torch.Generator().manual_seed(3)
+
+    def level() -> Level:
+        row = torch.rand(144, generator=generator).softmax(0)
+        return Level(cls_row=row, keys=torch.randn(144, 2, 4, generator=generator))
+
+    levels = (level(), level())
+    seen = Signals(
+        features=torch.randn(144, 8, generator=generator),
+        grid=(12, 12),
+        cls_row=levels[1].cls_row,
+        keys=levels[1].keys,
+        levels=levels,
+        text=torch.randn(5, 8, generator=generator),
+    )
+    names = door.methods(signals=True)
+    assert {"visionzip", "prumerge", "hired", "globalcom2", "token_corr", "divprune", "cdpruner"} <= set(names)
+    for method in names:
+        index = door.keep(seen, budget, method=method)
+        assert len(index) == door.count(144, budget) and torch.equal(index, index.unique())
+        assert torch.equal(index, door.keep(seen, budget, method=method))
+
+
+def test_the_door_says_which_signal_is_missing():
+    with pytest.raises(ValueError, match="cls_row"):
+        door.keep(torch.randn(16, 4), 4, method="fastervlm")
+    with pytest.raises(ValueError, match="keys"):
+        door.keep(Signals(features=torch.randn(16, 4), grid=None, cls_row=torch.rand(16)), 8, method="visionzip")
 
 
 def test_the_door_refuses_what_needs_more():

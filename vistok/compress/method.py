@@ -55,7 +55,8 @@ class Method:
     Attributes:
         stages: Where the method acts.
         merges: It merges tokens (else it only selects).
-        needs: What a `features` method wants to know: a subset of pixels, grid, keys, cls_row, text.
+        needs: What a `features` method wants to know: a subset of pixels, grid, keys, cls_row, levels, text, crops (how
+            the crops of a picture lie), class_token, one_grid (pictures of one grid, without newlines).
         per_head: A `decode` method that evicts per key/value head.
         reference: Published behaviour instead of the defaults.
         renumber: Positions are counted anew after a cut; otherwise tokens keep theirs.
@@ -64,7 +65,7 @@ class Method:
     """
 
     stages: ClassVar[frozenset[Stage]] = frozenset()
-    merges: ClassVar[bool] = False
+    merges: bool = False
     needs: ClassVar[frozenset[str]] = frozenset()
     per_head: bool = False
     reference: bool = False
@@ -245,6 +246,7 @@ class FeatureMethod(Method):
         blocks: Tower blocks whose attention and keys it reads: from the end if negative, else of a tower of 24.
         row: What it wants to know of the class token: probabilities (mean over heads), logits (the same), or the
             probabilities of all heads as one wide head.
+        rounding: How a share of an image becomes a number.
         door: Settings that make it a pure selection of a promised size, None if there are none.
     """
 
@@ -254,6 +256,7 @@ class FeatureMethod(Method):
     modalities: ClassVar[frozenset[str]] = frozenset({"image", "video"})
     blocks: tuple[int, ...] = (-2,)
     row: ClassVar[Row] = "probability"
+    rounding: ClassVar[Rounding] = "round"
     door: ClassVar[dict[str, Any] | None] = {}
 
     def __init__(self, *, keep: int | float | Budget | None, reference: bool = False) -> None:
@@ -266,12 +269,21 @@ class FeatureMethod(Method):
         """Published code builds the short prompt first, so it counts anew."""
         return self.reference
 
+    @property
+    def in_order(self) -> bool:
+        """Whether the outputs of an image follow their places in it; else they stay in the method's own order."""
+        return True
+
+    def wanted(self) -> frozenset[str]:
+        """What it wants to know under its settings."""
+        return self.needs
+
     def count(self, n: int, host: HostShape | None = None) -> int:
         """Tokens of an image of n that the budget allows, 1..n; `host` is needed for a budget of FLOPs alone."""
         if self.keep is None:
             raise ValueError(f"{type(self).__name__} decides by content how many tokens stay. Give `keep` to fix it.")
         if isinstance(self.keep, float):
-            return max(1, min(n, math.floor(n * self.keep) if self.reference else round(n * self.keep)))
+            return max(1, min(n, math.floor(n * self.keep) if self.rounding == "floor" else round(n * self.keep)))
         if isinstance(self.keep, int):
             return min(self.keep, n)
         if self.keep.mean is not None:  # every layer sees the same tokens

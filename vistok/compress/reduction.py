@@ -122,6 +122,20 @@ class Reduction:
         return links, (links >= 0).float()
 
 
+def from_dense(index: Tensor, matrix: Tensor) -> Reduction:
+    """The reduction with given anchors (M,) whose map is a matrix, (M, N)."""
+    slots, n = matrix.shape
+    target, source = torch.where(matrix.T != 0)[::-1]  # by input, then by output
+    per_input = torch.bincount(source, minlength=n)
+    width = int(per_input.max()) if len(source) else 1
+    column = torch.arange(len(source), device=matrix.device) - (per_input.cumsum(0) - per_input)[source]
+    links = torch.full((n, width), -1, device=matrix.device).index_put((source, column), target)
+    weights = torch.zeros(n, width, device=matrix.device).index_put((source, column), matrix[target, source].float())
+    heaviest = links.gather(1, weights.masked_fill(links < 0, -1).argmax(1, keepdim=True))[:, 0]
+    sizes = torch.bincount(heaviest[heaviest >= 0], minlength=slots).clamp_min(1)
+    return Reduction(index[None], sizes[None], n, links[None], weights[None])
+
+
 def pack(keep: Tensor, count: int, key: Tensor | None = None) -> Reduction:
     """The selection that moves the kept tokens of every row to the right end, in ascending order.
 

@@ -25,6 +25,11 @@ def hash_scores(place: Tensor, seed: int) -> Tensor:
     return x.double() / 2**32
 
 
+def best(scores: Tensor, count: int) -> Tensor:
+    """Indices of the `count` largest scores along the last axis, best first; ties go to the lower position."""
+    return scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]
+
+
 def rank_in_segments(scores: Tensor, segment: Tensor) -> Tensor:
     """Rank of every token inside its segment, best first, (B, N) int64; tokens of no segment (-1) rank together.
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from vistok.compress.method import Method
+from vistok.compress.method import FeatureMethod, Method
 from vistok.compress.trace import Trace
 from vistok.config import create, read_yaml
 from vistok.plugins.cache import given_cache, returned_cache
@@ -241,10 +241,12 @@ def check(plugin: Plugin) -> None:
     """Refuse what cannot work, before anything is changed.
 
     Raises:
-        TypeError: Attention of a kind that rows cannot be read from.
+        TypeError: Attention of a kind that rows cannot be read from, signals that the host does not give.
         ValueError: Renumbering under three-dimensional positions, chunked prefill.
     """
     method, runtime = plugin.method, plugin.runtime
+    if isinstance(method, FeatureMethod):
+        plugin.family.refuse(plugin.model, plugin.name, method.wanted())
     if plugin.family.mrope and method.renumber:
         raise ValueError(
             f"{plugin.name} renumbers positions here, which three-dimensional positions do not allow. "

@@ -65,7 +65,7 @@ def compress(runtime: Runtime, kwargs: dict[str, Any], masks: dict[str, Tensor])
     assert isinstance(method, FeatureMethod)
     new, entries, sizes, pictures = {}, {}, {}, []
     for modality, (output, images) in encode(runtime, kwargs, masks).items():
-        if "text" in method.needs:
+        if "text" in method.wanted():
             _add_text(runtime, kwargs, masks, modality, images)
         entries[modality] = [compress_image(runtime, image, modality) for image in images]
         sizes[modality] = [sum(block.length + len(block.newlines) for block in image.blocks) for image in images]
@@ -85,7 +85,7 @@ def encode(runtime: Runtime, kwargs: dict[str, Any], masks: dict[str, Tensor]) -
     model, family, method = runtime.model, runtime.family, runtime.method
     assert isinstance(method, FeatureMethod)
     given = {k: v for k, v in (kwargs.get("mm_encoder_outputs") or {}).items() if v is not None}
-    watches = method.at == "tower" or bool(method.needs & {"cls_row", "keys", "class_token"})
+    watches = method.at == "tower" or bool(method.wanted() & {"cls_row", "keys", "class_token"})
     if given and watches:
         raise ValueError(
             f"{type(method).__name__} reads the vision tower while it runs, and this prompt comes with encoded "
@@ -182,10 +182,11 @@ def compress_image(runtime: Runtime, image: Image, modality: str) -> Entry:
     with torch.no_grad():
         inside = method.compress_image(parts, count)
         columns = [c for _, (c, _, _) in split]
-        reduction = _whole(image, columns, inside, ordered=not method.reference)
+        reduction = _whole(image, columns, inside, ordered=method.in_order)
     features = _outputs(runtime, image, reduction)
     if len(parts) == 1:
-        features = method.mix(features, inside[0], parts[0])
+        own = inside[0].index.shape[1]
+        features = torch.cat([method.mix(features[:own], inside[0], parts[0]), features[own:]])
     return entry(features, reduction, columns=len(image.features), fill=method.reference)
 
 
@@ -263,9 +264,9 @@ def _outputs(runtime: Runtime, image: Image, reduction: Reduction) -> Tensor:
     """Features of the outputs; what was merged in front of the projector is projected now."""
     method, family = runtime.method, runtime.family
     features = image.features
-    if not method.merges:
+    if not method.merges and not method.reference:
         return features[reduction.index[0]]
-    if image.tower is None:
+    if image.tower is None or not method.merges:
         return reduction.apply(features.unsqueeze(0))[0]
     tower = image.tower if image.class_token is None else torch.cat([image.tower, image.class_token])
     projected = family.project(runtime.model, reduction.apply(tower.unsqueeze(0))[0])

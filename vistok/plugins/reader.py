@@ -41,8 +41,8 @@ class TowerReader:
 
     def __enter__(self) -> TowerReader:
         """Install the hooks."""
-        needs, family = self.method.needs, self.family
-        if needs & {"cls_row", "keys"}:
+        needs, family = self.method.wanted(), self.family
+        if needs & {"cls_row", "keys", "levels"}:
             attentions = family.attentions(self.model)
             self.numbers = [family.block_number(self.model, i, len(attentions)) for i in self.method.blocks]
             for i in set(self.numbers):
@@ -93,7 +93,7 @@ class TowerReader:
                 head_dim = int(self.family.attentions(self.model)[i].head_dim)
                 row = self._laid_out(self._row(i, head_dim).unsqueeze(-1), kwargs, modality)
                 keys = None
-                if "keys" in self.method.needs:
+                if "keys" in self.method.wanted():
                     raw = self.keys[i][:, self.prefix :].float()
                     keys = [k.unflatten(-1, (-1, head_dim)) for k in self._laid_out(raw, kwargs, modality)]
                 found.append(([r[:, 0] for r in row], keys))

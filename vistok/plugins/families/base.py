@@ -274,6 +274,24 @@ class Family:
             )
         return [layer.self_attn for layer in layers]
 
+    def refuse(self, model: Any, name: str, needs: frozenset[str]) -> None:
+        """Refuse a method that wants to know what this kind of host does not tell.
+
+        Raises:
+            TypeError: The message says what and why.
+        """
+        missing = dict(self.withheld)
+        if not self.class_tokens(model):
+            missing.setdefault("class_token", f"a {type(self.tower(model)).__name__} has none")
+        for need in sorted(needs & set(missing)):
+            raise TypeError(
+                f"{name} needs {need.replace('_', ' ')}, which a {type(model).__name__} does not give: "
+                f"{missing[need]}. Use another method, such as fastervlm or divprune"
+                + (", or leave `reference` off." if need in ("class_token", "one_grid") else ".")
+            )
+        if needs & {"cls_row", "keys", "levels"}:
+            self.attentions(model)
+
     def block_number(self, model: Any, block: int, depth: int) -> int:
         """Block that a method means: from the end if negative, else scaled from a tower of 24 blocks."""
         return max(depth + block, 0) if block < 0 else min(round(block * depth / 24), depth - 1)

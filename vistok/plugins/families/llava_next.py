@@ -7,7 +7,7 @@ import itertools
 import math
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -92,6 +92,10 @@ class LlavaNext(Family):
     """Several crops per picture; an image is the whole of base grid and mosaic."""
 
     hosts = ("LlavaNextForConditionalGeneration",)
+    withheld: ClassVar[dict[str, str]] = {
+        "one_grid": "its pictures come as overview and crops, with newlines between the rows",
+        "class_token": "every crop has its own",
+    }
 
     def blocks(self, model: Any, output: Any, kwargs: dict[str, Any], modality: str) -> list[list[Block]]:
         """Base grid and mosaic of every picture; where crops end is known if `image_sizes` are given."""
