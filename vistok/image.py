@@ -87,8 +87,8 @@ class Preprocess:
         box = (box[0], box[1], min(box[2], picture.width), min(box[3], picture.height))
         return picture.resize((width, height), resample, box=box)
 
-    def check(self, images: Tensor) -> None:
-        """Refuse a batch of the wrong size or range.
+    def check(self, images: Tensor, *, any_size: bool = False) -> None:
+        """Refuse a batch of the wrong size or range; `any_size` is for models that take pictures of every size.
 
         Raises:
             ValueError: Not (B, 3, H, W) of the trained size, or values outside [0, 1]; says what it saw.
@@ -96,7 +96,9 @@ class Preprocess:
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"Images are (B, 3, H, W) and got {tuple(images.shape)}.")
         height, width = images.shape[-2:]
-        if self.crop == "none":
+        if any_size:
+            pass
+        elif self.crop == "none":
             if height % self.multiple or width % self.multiple:
                 raise ValueError(f"Height and width must be multiples of {self.multiple}, got {height}x{width}.")
         elif (height, width) != self.size:
@@ -212,13 +214,14 @@ def pil_to_tensor(picture: Image) -> Tensor:
     return torch.from_numpy(array).permute(2, 0, 1).float().div_(255)
 
 
-def to_tensor(images: Any, preprocess: Preprocess) -> Tensor:
+def to_tensor(images: Any, preprocess: Preprocess, *, any_size: bool = False) -> Tensor:
     """Whatever a user gives as a batch of float RGB pictures in [0, 1], (B, 3, H, W).
 
     Args:
         images: A float tensor in [0, 1] or uint8 tensor, (B, 3, H, W) or (3, H, W); a PIL picture; a path; or a list
             of these. Pictures and paths are preprocessed; tensors must already have the right size.
         preprocess: Size, crop and filter of the model.
+        any_size: Whether the model takes tensors of every size.
 
     Raises:
         ValueError: A tensor of the wrong size or range, or an empty batch.
@@ -229,12 +232,12 @@ def to_tensor(images: Any, preprocess: Preprocess) -> Tensor:
         batch = batch.float() / 255 if batch.dtype == torch.uint8 else batch
         if not batch.is_floating_point():
             raise TypeError(f"Image tensors are float in [0, 1] or uint8, got {batch.dtype}.")
-        preprocess.check(batch)
+        preprocess.check(batch, any_size=any_size)
         return batch
     if isinstance(images, Sequence) and not isinstance(images, str):
         if not images:
             raise ValueError("The list of pictures is empty.")
-        parts = [to_tensor(image, preprocess) for image in images]
+        parts = [to_tensor(image, preprocess, any_size=any_size) for image in images]
         if len({p.shape[1:] for p in parts}) > 1:
             raise ValueError(
                 "These pictures have different sizes, so they cannot form one batch. Encode them one by one."
@@ -242,7 +245,7 @@ def to_tensor(images: Any, preprocess: Preprocess) -> Tensor:
         return torch.cat(parts)
     if isinstance(images, (str, Path)) or hasattr(images, "getbands"):
         one = preprocess(images).unsqueeze(0)
-        preprocess.check(one)
+        preprocess.check(one, any_size=any_size)
         return one
     raise TypeError(f"Images are tensors, PIL pictures, paths or lists of these, got {type(images).__name__}.")
 

@@ -177,7 +177,7 @@ def _read_tokens(
     for path in paths:
         try:
             one = container.load(path, vocab=tokenizer.quantizer.vocab_sizes, model_id=tokenizer.model_id)
-            one = dataclasses.replace(one, grid=tokenizer.grid_for(one.size or tokenizer.preprocess.size))
+            one = dataclasses.replace(one, grid=tokenizer.token_grid(one.size or tokenizer.preprocess.size))
             tokenizer.check_tokens(one)
         except (OSError, ValueError) as err:
             broken.reasons[path] = str(err)

@@ -55,3 +55,9 @@ def to_map(x: Tensor, grid: tuple[int, int]) -> Tensor:
 def to_sequence(x: Tensor) -> Tensor:
     """A feature map (B, D, h, w) as tokens (B, h * w, D), row-major."""
     return x.flatten(2).transpose(1, 2)
+
+
+def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
+    """Pictures (B, 3, H, W) with their last rows and columns repeated until both sides are multiples of `multiple`."""
+    down, right = -images.shape[-2] % multiple, -images.shape[-1] % multiple
+    return F.pad(images, (0, right, 0, down), mode="replicate") if down or right else images

@@ -7,7 +7,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,8 +15,8 @@ from torch import Tensor
 from vistok import hub
 from vistok.config import create
 from vistok.image import to_tensor
-from vistok.quantizers.base import Quantized, Quantizer
-from vistok.tokenizers.identity import Identified
+from vistok.quantizers.base import Quantized
+from vistok.tokenizers.sizes import Sized
 from vistok.tokenizers.text import captions_of, one_per_picture
 from vistok.tokens import Tokens
 
@@ -38,7 +38,7 @@ class TokenizerOutput:
     extras: dict[str, Tensor] = field(default_factory=dict)
 
 
-class Tokenizer(Identified):
+class Tokenizer(Sized):
     """Base of all tokenizers.
 
     A subclass builds its `quantizer` in the constructor, sets `preprocess` and `num_tokens`, and implements
@@ -51,6 +51,7 @@ class Tokenizer(Identified):
         options: Names of the optional arguments of `encode`/`decode` that this tokenizer understands, out of
             `text`, `size`, `generator`, `steps`, `guidance`, `noise`. `sample` is understood by all with continuous
             latents.
+        multiple: See `Sized`; sides of pictures of any size are padded to multiples of it. None for one size only.
         decoder_parts: Names of submodules and parameters that only decoding uses; the model id leaves them out.
         preprocess: How pictures become its input.
         quantizer: The quantizer.
@@ -58,8 +59,6 @@ class Tokenizer(Identified):
     """
 
     nested: bool = False
-    options: ClassVar[frozenset[str]] = frozenset()
-    quantizer: Quantizer
     num_tokens: int
 
     # -- what a subclass implements ------------------------------------------------------------------------------
@@ -78,10 +77,6 @@ class Tokenizer(Identified):
         other options of `decode` that the class lists in `options`.
         """
         raise NotImplementedError
-
-    def grid_for(self, size: tuple[int, int]) -> tuple[int, int] | None:
-        """(h, w) of the tokens of a picture of `size` (H, W); None for 1D tokens."""
-        return None
 
     # -- what users call -----------------------------------------------------------------------------------------
 
@@ -104,7 +99,7 @@ class Tokenizer(Identified):
             >>> tokens = tokenizer.encode("photo.jpg")      # Tokens(1 x 128 tokens, 12 bits each)
         """
         self._refuse(text=text, sample=sample or None)
-        batch = to_tensor(images, self.preprocess).to(self.device)
+        batch = to_tensor(images, self.preprocess, any_size=self.multiple is not None).to(self.device)
         tokens = self._encode(batch, sample=sample, **self._text_option(text, len(batch)))
         return tokens if num_tokens is None else self.prefix(tokens, num_tokens)
 
@@ -126,7 +121,7 @@ class Tokenizer(Identified):
             tokens: Tokens of this model, or int64 ids. A nested tokenizer takes fewer than it makes, also rows of
                 different `lengths` in one padded batch.
             text: As for `encode`; the captions that came with the tokens if None.
-            size: (H, W) of the picture, for tokenizers that decode to several sizes.
+            size: (H, W) of the picture, for tokenizers that decode to several sizes; that of `tokens` if they know it.
             generator: Source of noise, for generative decoders.
             steps: Sampling steps, for generative decoders.
             guidance: Guidance scale, for generative decoders.
@@ -135,22 +130,17 @@ class Tokenizer(Identified):
         Raises:
             ValueError: Ids outside the vocabulary, the wrong number of tokens, or an option it does not have.
         """
-        given = {
-            "text": text,
-            "size": size,
-            "generator": generator,
-            "steps": steps,
-            "guidance": guidance,
-            "noise": noise,
-        }
-        self._refuse(**given)
-        grid, lengths = self.grid, None
+        given = {"text": text, "generator": generator, "steps": steps, "guidance": guidance, "noise": noise}
+        self._refuse(size=size, **given)
+        target, lengths = self.target_size(tokens, size), None
         if isinstance(tokens, Tokens):
-            grid, lengths = tokens.grid, tokens.lengths
+            lengths = tokens.lengths
             text = tokens.text if text is None and "text" in self.options else text
-        codes, short = self._shortened(self.tokens_to_codes(tokens), lengths)
+        codes = self.tokens_to_codes(tokens, target)
+        codes, short = self._shortened(codes, lengths if self.nested else None)
         kept = {k: v for k, v in given.items() if v is not None} | self._text_option(text, len(codes))
-        return self.decode_codes(codes, **kept, **short, **self._grid_option(grid)).float().clamp(0, 1)
+        rebuilt = self.decode_codes(codes, **kept, **short, **self._place(target))
+        return self._cropped(rebuilt, target).float().clamp(0, 1)
 
     def decode_lengths(self, tokens: Tokens | Tensor, counts: Sequence[int], **options: Any) -> list[Tensor]:
         """Decode the same tokens at several lengths; a generative decoder starts from the same noise each time.
@@ -184,10 +174,10 @@ class Tokenizer(Identified):
             text: As for `encode`.
             generator: Source of every random draw.
         """
-        option = self._text_option(text, len(images))
+        option, size = self._text_option(text, len(images)), (images.shape[-2], images.shape[-1])
         tokens, quantized = self.tokenize(images, generator=generator, **option)
         codes, short = self._shortened(quantized.codes, lengths)
-        rebuilt = self.decode_codes(codes, **option, **short, **self._grid_option(tokens.grid))
+        rebuilt = self._cropped(self.decode_codes(codes, **option, **short, **self._place(size)), size)
         return TokenizerOutput(images=rebuilt, tokens=tokens, quantized=quantized)
 
     def tokenize(
@@ -197,10 +187,11 @@ class Tokenizer(Identified):
         size, option = (images.shape[-2], images.shape[-1]), self._text_option(text, len(images))
         grid = self.grid_for(size)
         quantized = self.quantizer(self.encode_features(images, **option), grid=grid, generator=generator)
+        aligned = quantized.ids is None or quantized.ids.shape[1] == quantized.codes.shape[1]
         found = Tokens(
             ids=quantized.ids,
-            codes=quantized.codes,
-            grid=grid,
+            codes=quantized.codes if aligned else None,  # ids of several scales are more than the codes
+            grid=self.token_grid(size),
             vocab=self.quantizer.vocab_sizes,
             size=size,
             text=captions_of(option),
@@ -219,11 +210,6 @@ class Tokenizer(Identified):
         return 1 + (uniform * self.num_tokens).long()
 
     # -- parts ---------------------------------------------------------------------------------------------------
-
-    @property
-    def grid(self) -> tuple[int, int] | None:
-        """(h, w) of the tokens at the preprocessed size, None for 1D tokens."""
-        return self.grid_for(self.preprocess.size)
 
     @property
     def device(self) -> torch.device:
@@ -287,23 +273,26 @@ class Tokenizer(Identified):
             )
         self._check_length(tokens)
 
-    def as_tokens(self, tokens: Tokens | Tensor) -> Tokens:
-        """Tokens as they are, plain ids as tokens of this model.
+    def as_tokens(self, tokens: Tokens | Tensor, size: tuple[int, int] | None = None) -> Tokens:
+        """Tokens as they are, plain ids of pictures of `size` (the preprocessed one if None) as tokens of this model.
 
         Raises:
             ValueError: Ids outside the vocabulary or of another shape.
             TypeError: Neither.
         """
         if isinstance(tokens, Tensor):
+            size = size or self.preprocess.size
             self._check_ids(tokens)
-            return Tokens(ids=tokens.to(torch.int64), vocab=self.quantizer.vocab_sizes, grid=self.grid)
+            self._check_count(tokens.shape[1], size)
+            vocab, grid = self.quantizer.vocab_sizes, self.token_grid(size)
+            return Tokens(ids=tokens.to(torch.int64), vocab=vocab, grid=grid, size=size)
         if not isinstance(tokens, Tokens):
             raise TypeError(f"Decode takes Tokens or a tensor of ids, got {type(tokens).__name__}.")
         return tokens
 
-    def tokens_to_codes(self, tokens: Tokens | Tensor) -> Tensor:
-        """Checked tokens or ids -> codes (B, N, D)."""
-        tokens = self.as_tokens(tokens)
+    def tokens_to_codes(self, tokens: Tokens | Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """Checked tokens, or ids as in `as_tokens`, -> codes (B, N, D)."""
+        tokens = self.as_tokens(tokens, size)
         self.check_tokens(tokens)
         tokens = tokens.to(self.device)
         if tokens.ids is None:
@@ -337,10 +326,6 @@ class Tokenizer(Identified):
             allowed = f"1..{codes.shape[1]}" if self.nested else f"always {codes.shape[1]}"
             raise ValueError(f"Lengths of {self.registry_name} are {allowed}, got {shortest}..{longest}.")
         return codes[:, :longest], {} if shortest == longest else {"lengths": lengths.to(codes.device)}
-
-    @staticmethod
-    def _grid_option(grid: tuple[int, ...] | None) -> dict[str, Any]:
-        return {} if grid is None else {"grid": grid}
 
     def _check_ids(self, ids: Tensor) -> None:
         vocab = self.quantizer.vocab_sizes

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vistok.config import create
+from vistok.config import Of, Spec, create
+from vistok.hub import on_meta
 from vistok.image import Preprocess
 from vistok.layers.attention import float32_linear
-from vistok.layers.conv import GroupNormSiLU, UpsampleConv2d, to_map, to_sequence
+from vistok.layers.conv import GroupNormSiLU, UpsampleConv2d, pad_to_multiple, to_map, to_sequence
 from vistok.registry import preset, register
 from vistok.tokenizers.base import Tokenizer
 
@@ -122,17 +124,19 @@ class MaskGITDecoder(nn.Module):
 
 @register("tokenizer", "maskgit_vqgan")
 class MaskGITVQGAN(Tokenizer):
-    """MaskGIT's VQGAN: one id of `codebook_size` per 16x16 pixels, convolutional, any size divisible by 16.
+    """MaskGIT's VQGAN: one token per 16x16 pixels, convolutional; pictures of any size, padded to multiples of 16.
 
     Args:
-        image_size: Side in pixels, or (H, W), that pictures are cropped to; multiples of 16.
+        image_size: Side in pixels, or (H, W), that picture files are cropped to; multiples of 16.
         codebook_size: Codes, V.
         code_dim: Channels of a code.
         channels: Width of the finest level; a multiple of 32.
+        quantizer: Any registered quantizer instead of the published one (`vq` with the two numbers above).
     """
 
+    options = frozenset({"size"})
     decoder_parts = ("decoder",)
-    factor = 16
+    multiple = 16
 
     def __init__(
         self,
@@ -141,16 +145,20 @@ class MaskGITVQGAN(Tokenizer):
         codebook_size: int = 1024,
         code_dim: int = 256,
         channels: int = 128,
+        quantizer: Annotated[Spec | None, Of("quantizer")] = None,
     ) -> None:
         super().__init__()
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-        if height % self.factor or width % self.factor:
-            raise ValueError(f"image_size {height}x{width} is not a multiple of {self.factor}.")
+        if height % self.multiple or width % self.multiple:
+            raise ValueError(f"image_size {height}x{width} is not a multiple of {self.multiple}.")
         self.preprocess = Preprocess(size=(height, width))
-        self.num_tokens = (height // self.factor) * (width // self.factor)
-        self.encoder = MaskGITEncoder(code_dim, channels=channels)
-        self.quantizer = create("quantizer", "vq", codebook_size=codebook_size, dim=code_dim)
-        self.decoder = MaskGITDecoder(code_dim, channels=channels)
+        spec = quantizer or {"name": "vq", "codebook_size": codebook_size, "dim": code_dim}
+        width_of: Any = on_meta("quantizer", **spec)
+        self.encoder = MaskGITEncoder(width_of.in_dim, channels=channels)
+        self.quantizer = create("quantizer", **spec)  # after the encoder: the order in which runs draw their weights
+        self.decoder = MaskGITDecoder(self.quantizer.dim, channels=channels)
+        grid = self.grid_for((height, width))
+        self.num_tokens = self.quantizer.num_ids(grid[0] * grid[1], grid)
 
     @property
     def last_layer(self) -> nn.Parameter:
@@ -158,15 +166,15 @@ class MaskGITVQGAN(Tokenizer):
         return self.decoder.conv_out.weight
 
     def grid_for(self, size: tuple[int, int]) -> tuple[int, int]:
-        """One token per 16x16 pixels."""
-        return (size[0] // self.factor, size[1] // self.factor)
+        """One token per 16x16 pixels, a started one counts."""
+        return (-(-size[0] // self.multiple), -(-size[1] // self.multiple))
 
     def encode_features(self, images: Tensor) -> Tensor:
-        """Pictures in [0, 1], (B, 3, H, W) -> (B, H/16 * W/16, code_dim), float32."""
-        return self.encoder(images)
+        """Pictures in [0, 1], (B, 3, H, W) -> (B, ceil(H/16) * ceil(W/16), quantizer.in_dim), float32."""
+        return self.encoder(pad_to_multiple(images, self.multiple))
 
     def decode_codes(self, codes: Tensor, *, grid: tuple[int, int] | None = None) -> Tensor:
-        """Codes (B, h * w, code_dim) -> pictures, unclamped, (B, 3, H, W)."""
+        """Codes (B, h * w, quantizer.dim) -> pictures, unclamped, (B, 3, 16 h, 16 w)."""
         return self.decoder(
             to_map(codes.to(self.decoder.conv_in.weight.dtype), grid or self.grid_for(self.preprocess.size))
         )
