@@ -43,12 +43,14 @@ class Preprocess:
             whatever its shape; `none`: kept as it is (any size divisible by `multiple`).
         resample: Pillow filter; `bicubic`, `bilinear` and `lanczos` are antialiased.
         multiple: With `none`, height and width must be multiples of this.
+        channels: 3, or 1 for models of grey maps: pictures have their first channel in all three.
     """
 
     size: tuple[int, int] = (256, 256)
     crop: Literal["center", "squash", "none"] = "center"
     resample: Literal["bicubic", "bilinear", "lanczos", "box", "nearest"] = "bicubic"
     multiple: int = 1
+    channels: Literal[1, 3] = 3
 
     def __post_init__(self) -> None:
         size = tuple(self.size)  # a list where it comes from JSON
@@ -60,7 +62,8 @@ class Preprocess:
 
     def __call__(self, picture: Any) -> Tensor:
         """One picture (PIL or path) as float RGB in [0, 1], (3, H, W)."""
-        return pil_to_tensor(self.resize(to_pil(picture)))
+        found = self.resize(to_pil(picture))
+        return pil_to_tensor(first_channel(found) if self.channels == 1 else found)
 
     def resize(self, picture: Image) -> Image:
         """Resize and crop a picture as described above; `center` is torchvision's Resize + CenterCrop, bit for bit."""
@@ -113,6 +116,13 @@ class Preprocess:
             raise ValueError(
                 f"Images are float in [0, 1] and these span [{float(low):.3g}, {float(high):.3g}]. Scale them."
             )
+
+
+def first_channel(picture: Image) -> Image:
+    """An 8-bit RGB picture with its first channel in all three."""
+    from PIL import Image
+
+    return Image.merge("RGB", [picture.getchannel(0)] * 3)
 
 
 def to_pil(picture: Any) -> Image:

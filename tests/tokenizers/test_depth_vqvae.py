@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import numpy as np
 import pytest
 import torch
 
 import vistok
 from tests.fill import image
+from vistok.data.augment import Augment
 from vistok.hub import LoadError
+from vistok.image import to_pil, to_tensor
 from vistok.tokenizers.depth_vqvae import value_at
 
 
@@ -101,6 +106,17 @@ def test_only_the_first_channel_is_read_and_all_three_are_written():
     assert torch.equal(tokens.ids, tok.encode(grey).ids)
     rebuilt = tok.decode(tokens)
     assert torch.equal(rebuilt[:, 0], rebuilt[:, 2])
+
+
+def test_pictures_are_read_as_grey_maps(photos):
+    tok = vistok.create("tokenizer", "depth_vqvae_tiny").eval()
+    read = to_tensor(photos[0], tok.preprocess)
+    assert torch.equal(read[:, 0], read[:, 2])
+    coloured = to_tensor(photos[0], dataclasses.replace(tok.preprocess, channels=3))
+    assert torch.equal(read[:, 0], coloured[:, 0])
+    augment = Augment(size=(64, 64), crop="squash", flip=0.0, resample="nearest", channels=1)
+    trained_on = augment(to_pil(photos[0]), np.random.default_rng(0))
+    assert np.array_equal(trained_on, (read[0] * 255).round().byte().permute(1, 2, 0).numpy())
 
 
 def test_certain_soft_tokens_are_hard_tokens():

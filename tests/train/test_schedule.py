@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from vistok.train.schedule import lr_at
@@ -30,3 +32,12 @@ def test_time_limit_takes_over_when_it_is_ahead():
 def test_loss_weight_starts_and_ramps():
     weighting = Weighting(weight=2.0, start=3, ramp=3)
     assert [weighting.at(s) for s in range(8)] == [0, 0, 0, 0.5, 1.0, 1.5, 2.0, 2.0]
+
+
+def test_exponential_falls_by_one_factor_and_ends_where_it_should():
+    rates = [lr_at(s, lr=1.0, steps=10, final_lr=0.5, shape="exponential") for s in range(11)]
+    ratios = [b / a for a, b in itertools.pairwise(rates)]
+    assert ratios == pytest.approx([0.5**0.1] * 10)
+    assert rates[-1] == pytest.approx(0.5)
+    with pytest.raises(ValueError, match="ends above 0, got final_lr=0.0"):
+        lr_at(0, lr=1.0, steps=10, shape="exponential")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from vistok.image import Preprocess
+from vistok.image import Preprocess, first_channel
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -23,19 +23,22 @@ class Augment:
     Attributes:
         size: (H, W) in pixels.
         crop: `random`: the shorter edge is resized to fit, then a random place is cut out (TiTok, MaskGIT); `resized`:
-            a random box of a random share of the area (Inception's crop); `center`: no randomness.
+            a random box of a random share of the area (Inception's crop); `center`, `squash`: no randomness, as in
+            `Preprocess` (the middle, or the whole picture stretched to fit).
         scale: Smallest and largest share of the largest fitting box's area, for `resized`.
         ratio: Smallest and largest stretch of width against height, for `resized`.
         flip: Probability of a horizontal flip.
         resample: Pillow filter, antialiased where Pillow's is.
+        channels: 1 for models of grey maps: the first channel stands in all three.
     """
 
     size: tuple[int, int]
-    crop: Literal["random", "resized", "center"] = "random"
+    crop: Literal["random", "resized", "center", "squash"] = "random"
     scale: tuple[float, float] = (0.5, 1.0)
     ratio: tuple[float, float] = (0.75, 4 / 3)
     flip: float = 0.5
     resample: Literal["bicubic", "bilinear", "lanczos", "box", "nearest"] = "bicubic"
+    channels: Literal[1, 3] = 3
 
     def __call__(self, picture: Image, rng: np.random.Generator) -> np.ndarray:
         """One 8-bit RGB picture as uint8 (H, W, 3). The same draws are taken whatever the picture."""
@@ -43,12 +46,12 @@ class Augment:
 
         draws = rng.random(5)
         height, width = self.size
-        if self.crop == "center":
-            cut = Preprocess(size=self.size, resample=self.resample).resize(picture)
+        if self.crop in ("center", "squash"):
+            cut = Preprocess(size=self.size, crop=self.crop, resample=self.resample).resize(picture)
         else:
             box = self._box(picture.width, picture.height, draws)
             cut = picture.resize((width, height), Image.Resampling[self.resample.upper()], box=box)
-        array = np.asarray(cut, dtype=np.uint8)
+        array = np.asarray(first_channel(cut) if self.channels == 1 else cut, dtype=np.uint8)
         return array[:, ::-1] if draws[0] < self.flip else array
 
     def _box(self, width: int, height: int, draws: np.ndarray) -> Box:

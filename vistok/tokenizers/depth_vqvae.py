@@ -118,7 +118,7 @@ class DepthVQVAE(Tokenizer):
         if height < 1 or width < 1 or height % downsample_ratio or width % downsample_ratio:
             raise ValueError(f"image_size {height}x{width} is not a multiple of {downsample_ratio}.")
         self.factor = downsample_ratio
-        self.preprocess = Preprocess(size=(height, width), crop="squash", resample="nearest")
+        self.preprocess = Preprocess(size=(height, width), crop="squash", resample="nearest", channels=1)
         self.num_tokens = (height // self.factor) * (width // self.factor)
         self.quantizer: Quantizer = create("quantizer", **quantizer)
         widths = [hidden_dim * 2**i for i in range(levels)]

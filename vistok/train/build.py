@@ -258,7 +258,13 @@ def _model(recipe: Recipe, task: Step) -> nn.Module:
 def _loader(recipe: Recipe, dataset: Dataset, model: nn.Module, accelerator: Accelerator) -> Loader:
     config, cut = recipe.train, recipe.loader
     augment = Augment(
-        size=_size(cut, model), crop=cut.crop, scale=cut.scale, ratio=cut.ratio, flip=cut.flip, resample=cut.resample
+        size=_size(cut, model),
+        crop=cut.crop,
+        scale=cut.scale,
+        ratio=cut.ratio,
+        flip=cut.flip,
+        resample=cut.resample,
+        channels=getattr(getattr(model, "preprocess", None), "channels", 3),
     )
     return Loader(
         dataset,

@@ -38,7 +38,7 @@ class LoaderConfig:
 
     Attributes:
         image_size: Side, or [height, width]; null for the model's own size.
-        crop: `random`, `resized` or `center`; see `vistok.data.augment.Augment`.
+        crop: `random`, `resized`, `center` or `squash`; see `vistok.data.augment.Augment`.
         scale: Range of the area's share, for `resized`.
         ratio: Range of the aspect's stretch, for `resized`.
         flip: Probability of a horizontal flip.
@@ -49,7 +49,7 @@ class LoaderConfig:
     """
 
     image_size: int | tuple[int, int] | None = None
-    crop: Literal["random", "resized", "center"] = "random"
+    crop: Literal["random", "resized", "center", "squash"] = "random"
     scale: tuple[float, float] = (0.5, 1.0)
     ratio: tuple[float, float] = (0.75, 4 / 3)
     flip: float = 0.5

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-Shape = Literal["cosine", "linear", "constant"]
+Shape = Literal["cosine", "linear", "exponential", "constant"]
 
 
 def lr_at(
@@ -28,7 +28,7 @@ def lr_at(
         steps: Steps of the run.
         warmup: Steps of warm-up.
         final_lr: Where the shape ends; not used by `constant`.
-        shape: `cosine`, `linear` or `constant`.
+        shape: `cosine`, `linear`, `exponential` (by the same factor in every step) or `constant`.
         spent: Share of the run's time limit that is over, in [0, 1]; a run that time will end before its steps are
             done follows it, so that its learning rate still ends at `final_lr`.
     """
@@ -38,6 +38,10 @@ def lr_at(
         return lr
     through = max((step - warmup) / max(steps - warmup, 1), spent)
     left = 1.0 - min(through, 1.0)
+    if shape == "exponential":
+        if final_lr <= 0:
+            raise ValueError(f"An exponential schedule ends above 0, got final_lr={final_lr}.")
+        return float(lr * (final_lr / lr) ** (1 - left))
     if shape == "cosine":
         left = 0.5 - 0.5 * math.cos(math.pi * left)
     return final_lr + (lr - final_lr) * left
