@@ -20,6 +20,9 @@ from torch import Tensor
 
 from vistok.registry import nearest
 
+WEIGHT_TABLES = ("state_dict", "ema", "model", "module")
+"""Entries of training checkpoints that hold the weights, the averaged ones first (Lightning, GigaTok, DeepSpeed)."""
+
 
 class UnreadableError(ValueError):
     """A weight file that cannot be read, or holds something else than weights."""
@@ -217,15 +220,15 @@ def read_tensors(path: str | Path, key: str | None = None) -> dict[str, Tensor]:
 
     Args:
         path: A safetensors file or one of `torch.save`.
-        key: Dotted entry that holds the table, e.g. `state_dict` or `ema.model`. None takes the only one there is,
-            or `state_dict` where there are several.
+        key: Dotted entry that holds the table, e.g. `state_dict` or `ema.model`. None takes the only one there is;
+            of several the first of `WEIGHT_TABLES`.
 
     Raises:
         UnreadableError: Unreadable, no such entry, no tensors, or several tables and no `key`.
     """
     tables = dict(_tables(read(path)))
-    if key is None and "state_dict" in tables:
-        key = "state_dict"
+    if key is None:
+        key = next((name for name in WEIGHT_TABLES if name in tables), None)
     if key is None and len(tables) > 1:
         raise UnreadableError(f"{path} holds several tables of tensors: {', '.join(tables)}. Say which one with key=.")
     key = next(iter(tables), "") if key is None else key

@@ -61,3 +61,48 @@ def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
     """Pictures (B, 3, H, W) with their last rows and columns repeated until both sides are multiples of `multiple`."""
     down, right = -images.shape[-2] % multiple, -images.shape[-1] % multiple
     return F.pad(images, (0, right, 0, down), mode="replicate") if down or right else images
+
+
+class AdaptiveGroupNorm(nn.Module):
+    """Group norm whose scale and shift per channel come from mean and deviation of a style map (WeTok, GigaTok).
+
+    y = GN(x) * gamma(std(style)) + beta(mean(style)): no 1 + in front of the scale, and std is sqrt(var + eps) with the
+    unbiased variance over positions, float32. Where a map has one position the official variance is NaN; it is 0 here.
+
+    Args:
+        channels: Channels of x, C; a multiple of 32.
+        style: Channels of the style map.
+        eps: Epsilon of norm and deviation.
+    """
+
+    def __init__(self, channels: int, style: int, *, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.norm = nn.GroupNorm(32, channels, eps=eps, affine=False)
+        self.gamma = nn.Linear(style, channels)
+        self.beta = nn.Linear(style, channels)
+
+    def forward(self, x: Tensor, style: Tensor) -> Tensor:
+        """Normalise x (B, C, h, w) under a style map (B, style, h', w')."""
+        positions = style.float().flatten(2)  # (B, style, h' * w')
+        variance = positions.var(2, correction=min(1, positions.shape[2] - 1))
+        dtype = self.gamma.weight.dtype
+        scale = self.gamma((variance + self.eps).sqrt().to(dtype))
+        shift = self.beta(positions.mean(2).to(dtype))
+        return self.norm(x) * scale[:, :, None, None] + shift[:, :, None, None]
+
+
+class DepthToSpaceConv2d(nn.Module):
+    """A 3x3 convolution to 4 C channels, which become 2x2 pixels: channel (i * 2 + j) * C + c goes to pixel (i, j).
+
+    `nn.PixelShuffle` counts the other way round (c * 4 + i * 2 + j), so weights cannot be exchanged.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, 4 * channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, C, 2 h, 2 w)."""
+        parts = self.conv1(x).unflatten(1, (2, 2, -1))  # (B, 2, 2, C, h, w)
+        return parts.permute(0, 3, 4, 1, 5, 2).flatten(4).flatten(2, 3)

@@ -177,7 +177,8 @@ class Tokenizer(Sized):
         option, size = self._text_option(text, len(images)), (images.shape[-2], images.shape[-1])
         tokens, quantized = self.tokenize(images, generator=generator, **option)
         codes, short = self._shortened(quantized.codes, lengths)
-        rebuilt = self._cropped(self.decode_codes(codes, **option, **short, **self._place(size)), size)
+        noise = {"generator": generator} if "generator" in self.options else {}
+        rebuilt = self._cropped(self.decode_codes(codes, **option, **short, **noise, **self._place(size)), size)
         return TokenizerOutput(images=rebuilt, tokens=tokens, quantized=quantized)
 
     def tokenize(
@@ -234,6 +235,16 @@ class Tokenizer(Sized):
         hub.load_strictly(other, self._resized_state(other), f"{self.registry_name} at {size[0]}x{size[1]}")
         other.preprocess = dataclasses.replace(self.preprocess, size=other.preprocess.size)
         return other.to(self.device, next(self.parameters()).dtype).train(self.training)
+
+    def start_from(self, other: Tokenizer, source: str) -> None:
+        """Take the weights of a model that a recipe starts from (`train.init_from`), strictly.
+
+        A subclass says here how a later stage of training may differ from the one before.
+
+        Raises:
+            LoadError: Weights that do not fit.
+        """
+        hub.load_strictly(self, other.state_dict(), source)
 
     def _resized_state(self, other: Any) -> dict[str, Tensor]:
         """This model's state dict for `other`, which has another picture size; position tables are interpolated."""

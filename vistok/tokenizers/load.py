@@ -13,12 +13,13 @@ from vistok import hub
 from vistok.registry import list_names, nearest, registry
 from vistok.tokenizers.base import Tokenizer
 from vistok.tokenizers.official import FORMATS
-from vistok.unpickle import read_tensors
+from vistok.tokenizers.official.layout import read_checkpoint
 
 
 def load(
     source: str | Path,
     *,
+    config: str | Path | None = None,
     image_size: tuple[int, int] | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
@@ -28,7 +29,8 @@ def load(
     Args:
         source: A preset with weights (`vistok.list("tokenizer", pretrained=True)`), a folder, or `hf-hub:org/name`.
             A single weight file of an official project works too. Folders in vistok's own format and in the official
-            ones are recognised by their configuration and keys.
+            ones (a weight file beside its YAML, for one) are recognised by their configuration and keys.
+        config: Configuration of official weights that lie elsewhere: YAML, JSON, or Python assignments, read as data.
         image_size: (H, W) for pictures of another size (position tables are interpolated); the trained size if None.
         device: Where to put it.
         dtype: Precision of the weights; ids are computed in float32 from the quantizer's projection on.
@@ -40,14 +42,14 @@ def load(
         >>> tok = vistok.load("titok_s128.in1k")             # or a folder, or hf-hub:org/name
         >>> pictures = tok.decode(tok.encode("photo.jpg"))
     """
-    tokenizer = _load(source)
+    tokenizer = _load(source, config)
     if image_size is not None:
         tokenizer = tokenizer.resized(image_size)
     return tokenizer.eval().to(device=device, dtype=dtype)
 
 
-def _load(source: str | Path) -> Tokenizer:
-    config, tensors = _read(source)
+def _load(source: str | Path, config_file: str | Path | None) -> Tokenizer:
+    config, tensors = _read(source, config_file)
     if config.get("format") == hub.FORMAT:
         found = hub.build_saved(config, tensors, str(source))
     else:
@@ -57,7 +59,7 @@ def _load(source: str | Path) -> Tokenizer:
     return found
 
 
-def _read(source: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _read(source: str | Path, config_file: str | Path | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Configuration (empty for a single weight file) and tensors of whatever `source` names."""
     presets = registry("tokenizer")
     if isinstance(source, str) and source in presets.names():
@@ -68,16 +70,17 @@ def _read(source: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         weights = preset.weights
         if weights.filename == hub.WEIGHTS:
             return hub.read_folder(hub.HUB_PREFIX + weights.hub)
-        return {}, read_tensors(hub.fetch_file(weights.hub, weights.filename))
-    if Path(source).is_file():
-        return hub.read_header(source), read_tensors(source)
+        return read_checkpoint(hub.fetch_file(weights.hub, weights.filename), config_file)
+    if Path(source).is_file() or config_file is not None:
+        return read_checkpoint(source, config_file)
     if not str(source).startswith(hub.HUB_PREFIX) and not Path(source).is_dir():
         hint = nearest(str(source), list_names("tokenizer", pretrained=True))
         raise hub.LoadError(
             f"{str(source)!r} is no preset with weights, no folder and no file. {hint} "
             "For the hub write hf-hub:org/name."
         )
-    return hub.read_folder(source)
+    folder = hub.locate(source)
+    return hub.read_folder(folder) if (folder / hub.CONFIG).is_file() else read_checkpoint(folder)
 
 
 def _from_official(config: Mapping[str, Any], tensors: Mapping[str, Tensor], source: str) -> Any:

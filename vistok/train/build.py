@@ -247,11 +247,11 @@ def accumulation(config: TrainConfig, processes: int) -> int:
 
 def _model(recipe: Recipe, task: Step) -> nn.Module:
     config = recipe.train
-    model: nn.Module = create(task.model_kind, **recipe.model)
+    model: Any = create(task.model_kind, **recipe.model)
     if config.init_from is not None:
         import vistok
 
-        hub.load_strictly(model, vistok.load(config.init_from).state_dict(), config.init_from)
+        model.start_from(vistok.load(config.init_from), config.init_from)
     return model
 
 
