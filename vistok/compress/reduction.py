@@ -31,6 +31,9 @@ class Reduction:
         length: Number of input tokens, N.
         links: Output that each input contributes to, int64, (B, N, k); -1 for none. None for a selection.
         weights: Weight of each contribution, (B, N, k).
+        moved: Inputs that are nobody's anchor, (B, N - M), where every other input is one and k = 1; a short cut.
+        ragged: Some outputs may be fillers.
+        drops: Some inputs may go nowhere.
     """
 
     index: Tensor
@@ -38,6 +41,9 @@ class Reduction:
     length: int
     links: Tensor | None = None
     weights: Tensor | None = None
+    moved: Tensor | None = None
+    ragged: bool = False
+    drops: bool = True
 
     @property
     def valid(self) -> Tensor:
@@ -49,6 +55,8 @@ class Reduction:
         if self.links is None:
             return take(x, self.index)
         assert self.weights is not None
+        if self.moved is not None:
+            return self._apply_moved(x, self.moved)
         batch = self.links.shape[0]
         slots = self.index.shape[1]
         source = (x.unsqueeze(2) * self.weights.unsqueeze(-1).to(x.dtype)).reshape(batch, -1, x.shape[-1])
@@ -56,6 +64,17 @@ class Reduction:
         out = x.new_zeros(batch, slots + 1, x.shape[-1])
         out = out.scatter_add(1, target.unsqueeze(-1).expand_as(source), source)
         return out[:, :slots]
+
+    def _apply_moved(self, x: Tensor, moved: Tensor) -> Tensor:
+        """Anchors by a gather, and only what moved by adding."""
+        assert self.links is not None and self.weights is not None
+        weights = self.weights.to(x.dtype)
+        batch, slots = self.index.shape
+        out = take(x, self.index) * take(weights, self.index)
+        row = torch.arange(batch, device=x.device).unsqueeze(1) * slots
+        target = (take(self.links, moved).squeeze(2) + row).flatten()
+        added = (take(x, moved) * take(weights, moved)).flatten(0, 1)
+        return out.flatten(0, 1).index_add(0, target, added).view_as(out)
 
     def labels(self) -> Tensor:
         """Output that each input went to (the heaviest link), -1 where it was dropped, (B, N)."""
@@ -70,9 +89,28 @@ class Reduction:
         return out[:, : self.length]
 
     def unmerge(self, y: Tensor) -> Tensor:
-        """Give every input its output back, (B, M, D) -> (B, N, D); zeros where the input was dropped."""
-        labels = self.labels()
-        return take(y, labels.clamp_min(0)) * (labels >= 0).unsqueeze(-1).to(y.dtype)
+        """Give every input its output back, (B, M, D) -> (B, N, D); zeros where the input was dropped.
+
+        An input that feeds several outputs gets their mean, weighted by its shares.
+        """
+        if self.links is None or self.links.shape[2] == 1:
+            labels = self.labels()
+            return take(y, labels.clamp_min(0)) * (labels >= 0).unsqueeze(-1).to(y.dtype)
+        batch, n, k = self.links.shape
+        found = take(y, self.links.clamp_min(0).flatten(1)).view(batch, n, k, -1)
+        return (found * self.shares().unsqueeze(-1).to(y.dtype)).sum(2)
+
+    def shares(self) -> Tensor:
+        """Share of each input's mass that goes to each of its links, (B, N, k); 1 in all, 0 where it was dropped.
+
+        Weights are mass over size of the output, so the shares are weights times sizes, normalised.
+        """
+        links, weights = self.as_links()
+        sizes = take(self.sizes.float(), links.clamp_min(0).flatten(1)).view(links.shape)
+        mass = weights * sizes * (links >= 0)
+        total = mass.sum(2, keepdim=True)
+        found: Tensor = mass / total.masked_fill(total == 0, 1)
+        return found
 
     def dense(self) -> Tensor:
         """The map as a matrix, (B, M, N) float32: `dense() @ x` equals `apply(x)`; filler rows are zero."""
@@ -108,10 +146,18 @@ class Reduction:
         weights = take(then_weights, via).view(batch, n, k, -1) * first_weights.unsqueeze(-1)
         dead = (first_links < 0).unsqueeze(-1).expand_as(weights).reshape(batch, n, -1)
         links = links.masked_fill(dead, -1)
-        sizes = torch.zeros_like(then.sizes, dtype=torch.float32).scatter_add(
-            1, then.labels().clamp_min(0), self.sizes.float() * (then.labels() >= 0)
+        mass = self.sizes.float().unsqueeze(-1) * then.shares()  # (B, M, k)
+        sizes = torch.zeros_like(then.sizes, dtype=torch.float32)
+        sizes = sizes.scatter_add(1, then_links.clamp_min(0).flatten(1), mass.flatten(1))
+        return Reduction(
+            index,
+            sizes.to(then.sizes.dtype),
+            self.length,
+            links,
+            weights.reshape(batch, n, -1),
+            ragged=then.ragged,
+            drops=self.drops or then.drops,
         )
-        return Reduction(index, sizes.to(then.sizes.dtype), self.length, links, weights.reshape(batch, n, -1))
 
     def as_links(self) -> tuple[Tensor, Tensor]:
         """Links and weights, also of a selection, (B, N, k) each."""

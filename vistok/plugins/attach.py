@@ -14,16 +14,20 @@ from torch import nn
 
 from vistok.compress.method import FeatureMethod, Method
 from vistok.compress.trace import Trace
+from vistok.compress.vision import VisionMethod
 from vistok.config import create, read_yaml
 from vistok.plugins.cache import given_cache, returned_cache
-from vistok.plugins.families.base import Family, family_of
+from vistok.plugins.families.base import Family, family_of, is_host
+from vistok.plugins.families.encoder import encoder_of
 from vistok.plugins.handle import Handle
 from vistok.plugins.packer import PROMPT, continue_prompt, prepare, put_back, step
 from vistok.plugins.paint import paint
 from vistok.plugins.report import Report, build_report
 from vistok.plugins.rows import can_score
 from vistok.plugins.runtime import Runtime
+from vistok.plugins.vision import TowerPlugin
 from vistok.plugins.wrap import Forward, Generate, refuse_uneven
+from vistok.registry import list_names, registry
 
 OWNER = "_vistok_plugin"
 
@@ -181,19 +185,21 @@ class Plugin:
             raise
 
 
-def attach(model: nn.Module, method: str | Mapping[str, Any] | Method, **config: Any) -> Plugin:
+def attach(model: nn.Module, method: str | Mapping[str, Any] | Method, **config: Any) -> Any:
     """Compress a host's image tokens with a method.
 
     Everything is checked first; if a check fails nothing has changed.
 
     Args:
-        model: Any supported vision-language model of transformers, unmodified.
+        model: Any supported vision-language model of transformers, unmodified; or, for methods of the `vision` stage, a
+            vision transformer of timm, open_clip or transformers, alone or inside another model.
         method: Registered name, a mapping `{name: ..., ...}`, the path of a YAML file with one, or a built method.
         **config: Settings of the method. `keep` is the number of image tokens left after the last cut: an int per
             image, a float share, or a `Budget`.
 
     Returns:
-        The plug-in; leaving its `with` block (or `detach()`) undoes everything.
+        The `Plugin` (a `TowerPlugin` on a vision transformer); leaving its `with` block (or `detach()`) undoes
+        everything.
 
     Raises:
         TypeError: No family fits the model, or the method cannot run on it.
@@ -208,16 +214,38 @@ def attach(model: nn.Module, method: str | Mapping[str, Any] | Method, **config:
     carried = plugin_of(model)
     if carried is not None:
         raise ValueError(f"This model already carries {carried.name!r}. Detach it first; plug-ins do not nest.")
+    if not is_host(model):
+        return _attach_tower(model, built)
     plugin = Plugin(model, family_of(model), built)
     check(plugin)
     plugin._install()
     return plugin
 
 
-def plugin_of(model: nn.Module) -> Plugin | None:
+def _attach_tower(model: nn.Module, method: Method) -> TowerPlugin:
+    if not isinstance(method, VisionMethod) or method.stages != {"vision"}:
+        name = getattr(method, "registry_name", type(method).__name__)
+        if not any(encoder_of(module) for module in model.modules()):
+            family_of(model)  # says what is missing
+        raise TypeError(
+            f"{name} works at the stages {', '.join(sorted(method.stages))}, which need a language model, and no family "
+            f"of hosts fits a {type(model).__name__}. In a vision transformer alone use a method of the stage vision: "
+            f"{', '.join(alone())}."
+        )
+    tower = TowerPlugin(model, method)
+    tower.install(OWNER)
+    return tower
+
+
+def alone() -> list[str]:
+    """Names of the methods that work in a vision transformer without a language model."""
+    builders = {name: registry("method").resolve(name)[1] for name in list_names("method")}
+    return [name for name, builder in builders.items() if getattr(builder, "stages", None) == {"vision"}]
+
+
+def plugin_of(model: nn.Module) -> Any:
     """The plug-in a model carries (copies of a model carry a copy), None if it has none."""
-    found: Plugin | None = vars(model).get(OWNER)
-    return found
+    return vars(model).get(OWNER)
 
 
 def _method(method: str | Mapping[str, Any] | Method, config: dict[str, Any]) -> Method:

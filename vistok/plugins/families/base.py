@@ -269,17 +269,28 @@ class Family:
         return masks
 
 
+def is_host(model: nn.Module) -> bool:
+    """Whether a model is a vision-language model of a known family."""
+    return _fitting(model) is not None
+
+
+def _fitting(model: nn.Module) -> type[Family] | None:
+    for name in list_names("family"):
+        _, builder, _ = registry("family").resolve(name)
+        if issubclass(builder, Family) and builder.fits(model):  # type: ignore[arg-type]
+            return builder  # type: ignore[return-value]
+    return None
+
+
 def family_of(model: nn.Module) -> Family:
     """The family of a host model.
 
     Raises:
         TypeError: No registered family fits; the message says what an adapter supplies.
     """
-    for name in list_names("family"):
-        _, builder, _ = registry("family").resolve(name)
-        if builder.fits(model):  # type: ignore[attr-defined]
-            found: Family = builder()
-            return found
+    found = _fitting(model)
+    if found is not None:
+        return found()
     supplied = "; ".join(f"({i}) {text}" for i, text in enumerate(FIVE, 1))
     raise TypeError(
         f"No family fits a {type(model).__name__}. Known: {', '.join(list_names('family')) or 'none'}. A family is a "
