@@ -171,8 +171,8 @@ def test_the_tower_merges_and_finds_keys_as_in_the_official_code(golden):
     with torch.no_grad(), working(tower, method) as work:
         out = tower(pixels, output_hidden_states=True)
     torch.testing.assert_close(out.hidden_states[-2][:, 1:], ref["B_features"], atol=1e-5, rtol=0)
-    torch.testing.assert_close(work.class_row, ref["B_cls_attention"], atol=1e-5, rtol=0)
-    assert torch.equal(torch.where(method.key_set(work.class_row)[0])[0], ref["B_key_set"][0].sort().values)
+    torch.testing.assert_close(work.last.memory["class_row"], ref["B_cls_attention"], atol=1e-5, rtol=0)
+    assert torch.equal(torch.where(method.must_stay(work.last.memory)[0])[0], ref["B_key_set"][0].sort().values)
 
 
 def test_mustdrop_matches_the_official_decoder_and_cache(golden):

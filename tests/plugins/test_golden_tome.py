@@ -90,7 +90,10 @@ def test_whole_models_equal_the_official_patch(golden, name):
                 assert [a - b for a, b in zip(plugin.trace.attention, plugin.trace.mlp)][:11] == facts["schedule"][:11]
                 assert list(tokens.shape) == facts["feat_shape"]
                 close(tokens[:, 0], ref[f"{name}/{run}/cls"])
-                close(tokens.flatten()[:: facts["stride"]][: len(ref[f"{name}/{run}/feat_sample"])], ref[f"{name}/{run}/feat_sample"])
+                close(
+                    tokens.flatten()[:: facts["stride"]][: len(ref[f"{name}/{run}/feat_sample"])],
+                    ref[f"{name}/{run}/feat_sample"],
+                )
                 close(plugin.sizes.unsqueeze(-1), ref[f"{name}/{run}/size"])
                 assert torch.equal(plugin.reduction.labels(), ref[f"{name}/{run}/source_group"])
             close(logits, ref[f"{name}/{run}/logits"])

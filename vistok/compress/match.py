@@ -43,7 +43,7 @@ def bipartite(
     device = metric.device
     merged = max(0, min(merged, (n - prefix) // 2))
     unit = F.normalize(metric.float(), dim=-1, eps=1e-12)
-    even, odd = (n + 1) // 2, n // 2
+    even = (n + 1) // 2
     fixed_even, fixed_odd = (prefix + 1) // 2, prefix // 2
     table = unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)  # (B, even, odd)
     best, partner = table[:, fixed_even:, fixed_odd:].max(-1)
@@ -101,7 +101,9 @@ def runs(metric: Tensor, length: int, sizes: Tensor | None = None) -> Reduction:
     last = place[:used][length - 1 :: length]
     early = place[:used].view(-1, length)[:, :-1].flatten()
     target = (unit[:, early] @ unit[:, last].transpose(1, 2)).argmax(-1)
-    found = pairs(last.expand(batch, -1), early.expand(batch, -1), target, used, None if sizes is None else sizes[:, :used])
+    found = pairs(
+        last.expand(batch, -1), early.expand(batch, -1), target, used, None if sizes is None else sizes[:, :used]
+    )
     assert found.links is not None and found.weights is not None
     links = F.pad(found.links, (0, 0, 0, n - used), value=-1)
     weights = F.pad(found.weights, (0, 0, 0, n - used))

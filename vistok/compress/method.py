@@ -218,21 +218,6 @@ class ScheduledMethod(Method):
         raise NotImplementedError
 
 
-class TowerMethod(Method):
-    """A method with a part inside the vision tower: merging after the first block, tokens that must stay."""
-
-    def merge_patches(self, x: Tensor, grid: tuple[int, int]) -> Reduction | None:
-        """Merging of the patches after the first block, x (B, N, D) without class token; None for none.
-
-        All samples of the batch get the same number of tokens: pictures are given one by one, unless `reference`.
-        """
-        raise NotImplementedError
-
-    def key_set(self, class_row: Tensor) -> Tensor:
-        """Tokens no later stage may drop, by the class token's attention in the last block, (B, N) -> mask (B, N)."""
-        raise NotImplementedError
-
-
 class FeatureMethod(Method):
     """A method between tower and language model: the prompt itself becomes shorter.
 

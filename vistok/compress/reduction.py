@@ -199,3 +199,27 @@ def pack(keep: Tensor, count: int, key: Tensor | None = None) -> Reduction:
     else:
         index = torch.sort(keep.byte(), dim=1, stable=True).indices[:, -count:]
     return Reduction(index, keep.gather(1, index).long(), keep.shape[1])
+
+
+def behind_prefix(rest: Reduction, prefix: int, sizes: Tensor) -> Reduction:
+    """A reduction of the tokens behind a prefix as one of all tokens.
+
+    Args:
+        rest: Of the tokens behind the prefix.
+        prefix: Leading tokens, which stay.
+        sizes: Of all tokens, (B, N).
+    """
+    if prefix == 0:
+        return rest
+    batch = len(sizes)
+    lead = torch.arange(prefix, device=sizes.device).expand(batch, -1)
+    index = torch.cat([lead, rest.index + prefix], dim=1)
+    new_sizes = torch.cat([sizes[:, :prefix].to(rest.sizes.dtype), rest.sizes], dim=1)
+    if rest.links is None:
+        return Reduction(index, new_sizes, rest.length + prefix, ragged=rest.ragged)
+    assert rest.weights is not None
+    own = torch.full((batch, prefix, rest.links.shape[2]), -1, device=sizes.device)
+    own[..., 0] = lead
+    links = torch.cat([own, torch.where(rest.links >= 0, rest.links + prefix, -1)], dim=1)
+    weights = torch.cat([(own >= 0).to(rest.weights.dtype), rest.weights], dim=1)
+    return Reduction(index, new_sizes, rest.length + prefix, links, weights, ragged=rest.ragged, drops=rest.drops)

@@ -301,9 +301,10 @@ class StagedVisionMethod(ScheduledVisionMethod):
             ValueError: Explicit blocks that are not rising inside 0..depth-1.
         """
         if self.blocks is None:
-            return default_layers(self.published_blocks, depth, of=12)
+            shallow = depth <= len(self.published_blocks)  # as many of the last stages as there are blocks
+            return tuple(range(depth)) if shallow else default_layers(self.published_blocks, depth, of=12)
         rising = all(a < b for a, b in itertools.pairwise(self.blocks))
-        if not rising or not 0 <= self.blocks[0] or self.blocks[-1] > depth - 1:
+        if not rising or not self.blocks[0] >= 0 or self.blocks[-1] > depth - 1:
             raise ValueError(f"blocks={list(self.blocks)}: blocks rise inside 0..{depth - 1} of this tower.")
         return self.blocks
 
@@ -312,4 +313,5 @@ class StagedVisionMethod(ScheduledVisionMethod):
         end = self.target(start)
         ratios = self.ratios if end is None else rescale(self.ratios, end / start)
         counts = [max(1, min(start, round(start * ratio))) for ratio in ratios]
-        return tokens_per_layer(start, [b + 1 for b in self.stages_of(depth)], counts, depth + 1)[1:]
+        stages = self.stages_of(depth)
+        return tokens_per_layer(start, [b + 1 for b in stages], counts[-len(stages) :], depth + 1)[1:]

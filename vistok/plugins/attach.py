@@ -228,8 +228,8 @@ def _attach_tower(model: nn.Module, method: Method) -> TowerPlugin:
         if not any(encoder_of(module) for module in model.modules()):
             family_of(model)  # says what is missing
         raise TypeError(
-            f"{name} works at the stages {', '.join(sorted(method.stages))}, which need a language model, and no family "
-            f"of hosts fits a {type(model).__name__}. In a vision transformer alone use a method of the stage vision: "
+            f"{name} works at {', '.join(sorted(method.stages))}, which needs a language model, and no family of hosts "
+            f"fits a {type(model).__name__}. In a vision transformer alone use a method of the stage vision: "
             f"{', '.join(alone())}."
         )
     tower = TowerPlugin(model, method)

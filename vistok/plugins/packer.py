@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vistok.compress.method import FeatureMethod, TowerMethod
+from vistok.compress.method import FeatureMethod
 from vistok.compress.reduction import pack, take
-from vistok.plugins.families.base import PIXELS, square
+from vistok.compress.vision import VisionMethod
+from vistok.plugins.families.base import PIXELS
 from vistok.plugins.features import Encoded, compress
 from vistok.plugins.layout import build, find
+from vistok.plugins.merged import encode_merged
 from vistok.plugins.pictures import Pictures
 from vistok.plugins.smaller import downsampled
 
@@ -117,10 +119,9 @@ def prepare(runtime: Runtime, kwargs: dict[str, Any], *, generating: bool = True
 
 def _compressed(runtime: Runtime, kwargs: dict[str, Any], masks: dict[str, Tensor]) -> Encoded:
     """Encoder outputs with fewer tokens, the images one by one, and their full sizes."""
-    family, method = runtime.family, runtime.method
-    if isinstance(method, TowerMethod):  # it merges inside the tower, else the prompt would not be shortened
-        merged, images, lengths = family.encode_merged(runtime.model, kwargs, method)
-        return merged, images, lengths, [[square(n)] for n in lengths.get("image", [])]
+    method = runtime.method
+    if isinstance(method, VisionMethod):  # it works inside the tower, else the prompt would not be shortened
+        return encode_merged(runtime, kwargs, masks)
     assert isinstance(method, FeatureMethod)
     if "pixels" in method.needs:
         return downsampled(runtime, kwargs, masks)

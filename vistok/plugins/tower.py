@@ -74,6 +74,42 @@ class Pass:
     memory: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Tiles:
+    """What became of the tokens that pictures began with, numbered over all pictures, (tiles, n).
+
+    Attributes:
+        label: Output that each went to, -1 where it was dropped.
+        anchor: It is its output's anchor.
+        protect: Its output must not be dropped later.
+    """
+
+    label: Tensor
+    anchor: Tensor
+    protect: Tensor
+
+
+def tiles_of(work: Pass, method: VisionMethod, prefix: int, batch: int) -> Tiles:
+    """The outcome of a forward, for pictures of one size."""
+    device = work.place.device
+    state, must = work.states[-1], method.must_stay(work.memory)
+    if state.total is None:
+        label = torch.arange(work.start, device=device).expand(batch, -1)
+        anchor, slots = torch.ones_like(label, dtype=torch.bool), work.start
+    else:
+        label, slots = state.total.labels()[:, prefix:] - prefix, state.total.index.shape[1] - prefix
+        real = state.total.valid[:, prefix:]
+        label = label.clamp_min(-1)
+        anchor = torch.zeros(batch, work.start + 1, dtype=torch.bool, device=device)
+        at = (state.total.index[:, prefix:] - prefix).masked_fill(~real, work.start)
+        anchor = anchor.scatter(1, at, True)[:, : work.start]
+    protect = torch.zeros_like(anchor)
+    if must is not None:
+        protect = take(must, label.clamp_min(0)) & (label >= 0)
+    offset = torch.arange(batch, device=device).unsqueeze(1) * slots
+    return Tiles(label=torch.where(label >= 0, label + offset, -1), anchor=anchor, protect=protect)
+
+
 class TowerRuntime:
     """Runs one method in one tower.
 
@@ -93,6 +129,7 @@ class TowerRuntime:
         self.prefix = encoder.prefix(tower)
         self.depth = len(encoder.blocks(tower))
         self.enabled = True
+        self.batch = 0
         self.last: Pass | None = None
         self.step: Step | None = None
 
@@ -105,6 +142,11 @@ class TowerRuntime:
                 for name, role in zip(self.encoder.qk, ("queries", "content")):
                     handle.after(getattr(attn, name), Listener(self, block, role))
         self.encoder.weigh_pooling(self.tower, self, handle)
+
+    def tiles(self) -> Tiles:
+        """What became of the tokens behind the prefix of every picture of the last forward."""
+        assert self.last is not None
+        return tiles_of(self.last, self.method, self.prefix, self.batch)
 
     @property
     def sizes(self) -> Tensor | None:
@@ -125,13 +167,25 @@ class TowerRuntime:
         """Run a block; None means that the block may run as it is."""
         if i == 0:
             self.last = self.begin(x) if self.enabled else None
-        if self.last is None:
+        if self.last is None or self.idle(self.last, i):
             return None
         return self.run(self.last, i, block, x, args, given)
 
+    def idle(self, work: Pass, i: int) -> bool:
+        """Whether a block may run as it is: nothing has changed, and the method does not look."""
+        idle = work.states[i].sizes is None and not self.hears(work, i)
+        if idle and len(work.states) == i + 1:
+            work.states.append(work.states[i])
+        return idle
+
+    def hears(self, work: Pass, i: int) -> bool:
+        """Whether the method acts in a block or watches it."""
+        asked = (i, self.depth, work.start)
+        return self.method.active(*asked) or self.method.watches(*asked)
+
     def begin(self, x: Tensor) -> Pass:
         """Set up a forward for tokens (B, T, D)."""
-        patches = x.shape[1] - self.prefix
+        self.batch, patches = len(x), x.shape[1] - self.prefix
         grid = self.encoder.grid(self.tower, patches)
         if self.side == 1:
             return Pass(start=patches, place=torch.arange(patches, device=x.device), grid=grid)
@@ -141,17 +195,9 @@ class TowerRuntime:
         order = torch.cat([torch.arange(self.prefix, device=x.device), cells + self.prefix])
         return Pass(start=h * w, place=torch.arange(h * w, device=x.device), order=order, grid=(h, w))
 
-    def run(
-        self, work: Pass, i: int, block: Any, x: Tensor, args: tuple[Any, ...], given: dict[str, Any]
-    ) -> Tensor | None:
-        """Run a block on tokens (B, T, D); None if it may run as it is."""
+    def run(self, work: Pass, i: int, block: Any, x: Tensor, args: tuple[Any, ...], given: dict[str, Any]) -> Tensor:
+        """Run a block on tokens (B, T, D)."""
         state, method = work.states[i], self.method
-        acts = method.active(i, self.depth, work.start)
-        heard = acts or method.watches(i, self.depth, work.start)
-        if state.sizes is None and not heard:
-            if len(work.states) == i + 1:
-                work.states.append(state)
-            return None
         index = self._index(work, state, len(x))
         inside = take(x, index) if self.restore and index is not None else x
         step = Step(
@@ -160,7 +206,7 @@ class TowerRuntime:
             prefix=self.prefix,
             bias=self._bias(state, x.dtype),
             index=index,
-            heard=heard,
+            heard=self.hears(work, i),
         )
         self.step = step
         try:
@@ -280,7 +326,7 @@ class BlockForward:
     """Stands in for the forward of one block; an object, so that towers can be copied and pickled."""
 
     def __init__(self, runtime: TowerRuntime, layer: int, block: nn.Module, original: Callable[..., Any]) -> None:
-        functools.update_wrapper(self, original)  # type: ignore[arg-type]
+        functools.update_wrapper(self, original)
         self.__wrapped__ = original
         self.runtime, self.layer, self.block = runtime, layer, block
 
@@ -350,4 +396,8 @@ def runtime_for(tower: Any, method: VisionMethod, *, restore: bool, side: int) -
             "Use a method that works between tower and language model, or inside it."
         )
     encoder.check(tower)
+    if encoder.flat:
+        from vistok.plugins.packed import PackedRuntime
+
+        return PackedRuntime(encoder, tower, method)
     return TowerRuntime(encoder, tower, method, restore=restore, side=side)

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from vistok.compress.methods.many_to_many import behind_prefix
-from vistok.compress.reduction import Reduction, take
+from vistok.compress.reduction import Reduction, behind_prefix, take
 from vistok.compress.vision import BlockView, StagedVisionMethod
 from vistok.registry import register
 
@@ -20,14 +19,14 @@ class Cascade(StagedVisionMethod):
     The paper does this for language models; its head pruning, value pruning and quantisation are hardware matters and
     left out. The schedule for a tower is ours: after the attention of blocks 3, 6 and 9 of 12 (from 0), 70 % each time.
 
-    The sum over all queries costs another product of queries and keys in every block up to the last cut; `rows` takes
+    The sum over all queries costs another product of queries and keys in every block up to the last cut; `voters` takes
     that many evenly spaced queries instead.
 
     Args:
         keep: Patches left after the last cut (int or share); the cuts before follow.
         blocks: Blocks in which it cuts, from 0.
         ratios: Share of the patches left after each cut.
-        rows: Query rows that vote; all if None.
+        voters: Query rows that vote, evenly spaced; all if None.
         restore: Full length after every block: tokens that went keep the state they left with.
     """
 
@@ -41,13 +40,13 @@ class Cascade(StagedVisionMethod):
         keep: int | float | None = None,
         blocks: Sequence[int] | None = None,
         ratios: Sequence[float] | None = None,
-        rows: int | None = None,
+        voters: int | None = None,
         restore: bool | None = None,
     ) -> None:
         super().__init__(keep=keep, blocks=blocks, ratios=ratios, proportional=False, restore=restore)
-        if rows is not None and rows < 1:
-            raise ValueError(f"rows={rows}: at least one query row has to vote, or None for all.")
-        self.rows = rows
+        if voters is not None and voters < 1:
+            raise ValueError(f"voters={voters}: at least one query row has to vote, or None for all.")
+        self.voters = voters
 
     def watches(self, layer: int, depth: int, start: int) -> bool:
         """Every block up to the last cut adds to the importance."""
@@ -55,7 +54,7 @@ class Cascade(StagedVisionMethod):
 
     def in_block(self, view: BlockView) -> Reduction | None:
         """Add up, and cut where a cut is due."""
-        importance: Tensor = view.received(self.rows) + view.memory.get("importance", 0)
+        importance: Tensor = view.received(self.voters) + view.memory.get("importance", 0)
         view.memory["importance"] = importance
         if not self.active(view.layer, view.depth, view.start):
             return None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vistok.compress.reduction import Reduction, take
+from vistok.compress.reduction import Reduction, behind_prefix, take
 from vistok.compress.vision import BlockView, StagedVisionMethod
 from vistok.registry import register
 
@@ -87,11 +87,13 @@ class ManyToMany(StagedVisionMethod):
         if self.anchors == "received":
             return view.received()[:, rest]
         if self.anchors == "key_norm":
-            return view.metric[:, rest].norm(dim=-1)
+            length: Tensor = torch.linalg.vector_norm(view.metric[:, rest], dim=-1)
+            return length
         n, count = view.count - view.prefix, self.quota(view)
         place = torch.arange(n, device=view.sizes.device)
         chosen = (place * count // n).diff(prepend=place.new_tensor([-1])) > 0  # one in every n / count
-        return chosen.float().expand(len(view.sizes), -1)
+        scores: Tensor = chosen.float().expand(len(view.sizes), -1)
+        return scores
 
 
 def share_out(
@@ -126,29 +128,3 @@ def share_out(
     sizes = torch.zeros(anchors.shape, device=metric.device).scatter_add(1, to.flatten(1), given.flatten(1))
     weights = given / sizes.gather(1, to.flatten(1)).view_as(given)
     return Reduction(anchors, sizes, n, to.masked_fill(shares == 0, -1), weights, drops=False)
-
-
-def behind_prefix(rest: Reduction, prefix: int, sizes: Tensor) -> Reduction:
-    """A reduction of the tokens behind a prefix as one of all tokens.
-
-    Args:
-        rest: Of the tokens behind the prefix.
-        prefix: Leading tokens, which stay.
-        sizes: Of all tokens, (B, N).
-    """
-    if prefix == 0:
-        return rest
-    batch = len(sizes)
-    lead = torch.arange(prefix, device=sizes.device).expand(batch, -1)
-    index = torch.cat([lead, rest.index + prefix], dim=1)
-    new_sizes = torch.cat([sizes[:, :prefix].to(rest.sizes.dtype), rest.sizes], dim=1)
-    if rest.links is None:
-        return Reduction(index, new_sizes, rest.length + prefix, ragged=rest.ragged)
-    assert rest.weights is not None
-    own = torch.full((batch, prefix, rest.links.shape[2]), -1, device=sizes.device)
-    own[..., 0] = lead
-    links = torch.cat([own, torch.where(rest.links >= 0, rest.links + prefix, -1)], dim=1)
-    weights = torch.cat([(own >= 0).to(rest.weights.dtype), rest.weights], dim=1)
-    return Reduction(
-        index, new_sizes, rest.length + prefix, links, weights, ragged=rest.ragged, drops=rest.drops
-    )

@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vistok.compress.budget import Budget, HostShape
 from vistok.compress.merge import merge_windows, window_similarity, windows
-from vistok.compress.method import Decision, ScheduledMethod, Stage, TowerMethod
-from vistok.compress.reduction import Reduction, pack
+from vistok.compress.method import Decision, ScheduledMethod, Stage
+from vistok.compress.reduction import Reduction, behind_prefix, pack
 from vistok.compress.select import segment_sum
 from vistok.compress.view import View
+from vistok.compress.vision import BlockView, VisionMethod
 from vistok.registry import preset, register
 
 
 @register("method", "mustdrop")
-class MustDrop(ScheduledMethod, TowerMethod):
+class MustDrop(ScheduledMethod, VisionMethod):
     """Three stages under one key set of tokens that never go.
 
     *Tower*: after its first block, 3x3 windows of mean cosine >= 0.8 become their mean; the 8 % of tokens that the
-    class token attends to most in the last block are the key set. *Prefill*: after layers 2, 6, 10, 14 of 32 a token
-    goes if its share of the text's attention is below `gamma_global` and no text token gives it `gamma_individual`.
+    class token attends to most in the last block are the key set (in towers without one, the tokens that receive most
+    attention). Where a host joins patches before its language model (2x2 in Qwen, pixel shuffle), windows are of such
+    groups. *Prefill*: after layers 2, 6, 10, 14 of 32 a token goes if its share of the text's attention is below
+    `gamma_global` and no text token gives it `gamma_individual`.
     *Cache*: layers 2..14 keep only what survived to the end. Default thresholds are those of "192 tokens" on LLaVA-1.5;
     they are absolute probabilities, so they do not carry over to prompts of other lengths.
 
@@ -36,7 +39,7 @@ class MustDrop(ScheduledMethod, TowerMethod):
         layers: Layers in front of which the cuts fall (released: 3, 7, 11, 15).
         gamma_global: Threshold of the share of the summed attention.
         gamma_individual: Threshold of the largest attention.
-        merge: Work in the tower too: merging and key set. Hosts whose tower order matters cannot.
+        merge: Work in the tower too: merging and key set.
         window: Side of a merging window.
         similarity: Threshold of merging.
         keys: Share of the tokens in the key set.
@@ -49,6 +52,9 @@ class MustDrop(ScheduledMethod, TowerMethod):
     published_layers = (3, 7, 11, 15)
     published_ratios = (1.0, 1.0, 1.0, 1.0)
     merges = True
+    after = True
+    proportional = False
+    needs = frozenset({"cls_row", "text"})
 
     def __init__(
         self,
@@ -124,25 +130,57 @@ class MustDrop(ScheduledMethod, TowerMethod):
         longest = max(text + sum(row) for text, row in zip(view.texts, view.survivor_counts))
         return Decision(reduction=pack(view.survivors, longest), counts=view.survivor_counts)
 
-    def merge_patches(self, x: Tensor, grid: tuple[int, int]) -> Reduction | None:
-        """Merging after the tower's first block, x (B, N, D) without class token; None if no window is alike.
+    def active(self, layer: int, depth: int, start: int) -> bool:
+        """Merging is after the first block."""
+        return self.merge and layer == 0
 
-        Every sample merges as many windows as the one with the fewest: give pictures one by one to decide per picture.
-        """
-        members = windows(grid, self.window_side, x.device)
+    def watches(self, layer: int, depth: int, start: int) -> bool:
+        """The key set is found in the last block."""
+        return self.merge and layer == depth - 1
+
+    def in_block(self, view: BlockView) -> Reduction | None:
+        """Merge after the first block, note the class token's attention in the last."""
+        found = self._merged(view) if view.layer == 0 else None
+        if view.layer == view.depth - 1:
+            view.memory["class_row"] = view.salience()[:, view.prefix :]
+            view.memory["real"] = view.sizes[:, view.prefix :] > 0
+        return found
+
+    def _merged(self, view: BlockView) -> Reduction | None:
+        """Merging of windows; None if none is alike. Under `reference` all samples merge as many as the least alike."""
+        if view.grid is None:
+            return None
+        x, places = view.tokens, view.place[0].argsort()  # windows are cut on the raster
+        members = windows((view.grid[-2], view.grid[-1]), self.window_side, x.device)
         if not len(members):
             return None
+        members = places[members]
         alike = window_similarity(x, members)
-        merged = int((alike >= self.similarity).sum(1).min())
-        if merged == 0:
+        merged = (alike >= self.similarity).sum(1)
+        least, most = int(merged.min()), int(merged.max())
+        if most == 0 or (self.reference and least == 0):
             return None
-        return merge_windows(alike, members, x.shape[1], merged, raster=not self.reference)
+        number = least if self.reference or least == most else merged
+        return behind_prefix(
+            merge_windows(alike, members, x.shape[1], number, raster=not self.reference), view.prefix, view.sizes
+        )
 
-    def key_set(self, class_row: Tensor) -> Tensor:
-        """Tokens that must stay, by the attention of the class token, (B, N) -> mask (B, N)."""
-        count = math.ceil(self.keys * class_row.shape[1])
-        best = class_row.sort(dim=1, descending=True, stable=True).indices[:, :count]
-        return torch.zeros_like(class_row, dtype=torch.bool).scatter(1, best, True)
+    def must_stay(self, memory: Mapping[str, Any]) -> Tensor | None:
+        """The key set."""
+        return self.key_set(memory["class_row"], memory["real"]) if "class_row" in memory else None
+
+    def key_set(self, class_row: Tensor, real: Tensor | None = None) -> Tensor:
+        """Tokens that must stay, by the attention of the class token, (B, N) -> mask (B, N).
+
+        Args:
+            class_row: Attention, (B, N).
+            real: True at tokens, False at fillers, (B, N).
+        """
+        real = torch.ones_like(class_row, dtype=torch.bool) if real is None else real
+        count = torch.ceil(real.sum(1, keepdim=True).double() * self.keys)
+        best = class_row.masked_fill(~real, -1).sort(dim=1, descending=True, stable=True).indices
+        rank = torch.empty_like(best).scatter(1, best, torch.arange(best.shape[1], device=best.device).expand_as(best))
+        return (rank < count) & real
 
 
 preset("method", "mustdrop_192", builder="mustdrop", config={"gamma_global": 0.001, "gamma_individual": 0.001})

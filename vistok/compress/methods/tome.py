@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+
 from torch import Tensor
 
 from vistok.compress.match import bipartite
@@ -132,4 +133,5 @@ class Turbo(ToMe):
         view.memory["merging blocks"] = done + 1
         value = view.salience()
         strength = self.weight * self.decay ** abs(self.centre - done)
-        return value * strength * (view.count if self.scale is None else self.scale)
+        found: Tensor = value * strength * (view.count if self.scale is None else self.scale)
+        return found

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from vistok.compress.budget import HostShape
-from vistok.compress.method import TowerMethod
 from vistok.compress.reduction import Reduction
 from vistok.plugins.blocks import Block as Block
 from vistok.plugins.blocks import Entry as Entry
@@ -183,6 +182,30 @@ class Family:
         """Values per tile and token (tiles, n, C) laid out like the images' features, (N, C); 0 at newlines."""
         return list(tokens)
 
+    def joined(self, model: Any) -> int:
+        """Side of the square of the tower's patches that becomes one token."""
+        return 1
+
+    def in_order(self, model: Any, tokens: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """Values per token in the order of the tower (tiles, n, C) in the order of the features."""
+        return tokens
+
+    def sources(
+        self, model: Any, kwargs: dict[str, Any], modality: str, shape: tuple[int, int], device: torch.device
+    ) -> list[Tensor]:
+        """Token of the tower behind every feature of every image, (N,); -1 at newlines.
+
+        Args:
+            model: The host.
+            kwargs: Its arguments.
+            modality: image or video.
+            shape: Tiles and tokens of a tile; tokens are numbered tile by tile.
+            device: Where the numbers go.
+        """
+        numbers = torch.arange(1, shape[0] * shape[1] + 1, device=device).double().view(*shape, 1)
+        laid = self.spread(model, kwargs, modality, self.in_order(model, numbers, kwargs))
+        return [x[:, 0].round().long() - 1 for x in laid]
+
     def project(self, model: Any, tokens: Tensor) -> Tensor:
         """Rows of `unprojected`, (M, C), through the projector, (M, D)."""
         found: Tensor = self.projector(model)(tokens.unsqueeze(0))[0]
@@ -228,22 +251,6 @@ class Family:
             f"{type(self).__name__} cannot make pictures smaller before its tower. Use pool, or another host."
         )
 
-    def encode_merged(
-        self, model: Any, kwargs: dict[str, Any], method: TowerMethod
-    ) -> tuple[dict[str, Any], dict[str, list[Entry]], dict[str, list[int]]]:
-        """Run the tower while a method merges patches inside it.
-
-        Returns:
-            Encoder outputs, the images one by one, and their full sizes.
-
-        Raises:
-            TypeError: The family cannot.
-        """
-        raise TypeError(
-            f"{type(self).__name__} puts the tower's patches on a grid, so none can be merged inside it. "
-            "Use merge=False: the filter and the cache work on every host."
-        )
-
     def host_shape(self, model: Any) -> HostShape:
         """Sizes of the language model."""
         config = self.text_model(model).config
@@ -277,7 +284,7 @@ def is_host(model: nn.Module) -> bool:
 def _fitting(model: nn.Module) -> type[Family] | None:
     for name in list_names("family"):
         _, builder, _ = registry("family").resolve(name)
-        if issubclass(builder, Family) and builder.fits(model):  # type: ignore[arg-type]
+        if issubclass(builder, Family) and builder.fits(model):  # type: ignore[arg-type, attr-defined]
             return builder  # type: ignore[return-value]
     return None
 

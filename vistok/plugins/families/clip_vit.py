@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
@@ -27,7 +27,7 @@ def refuse_flash(tower: Any) -> None:
 
 
 class PoolingMask:
-    """Pre-hook of an attention pool built on `nn.MultiheadAttention`: tokens count as often as they stand for patches."""
+    """Pre-hook of the `nn.MultiheadAttention` of a pool: tokens count as often as they stand for patches."""
 
     def __init__(self, runtime: TowerRuntime) -> None:
         self.runtime = runtime
@@ -46,8 +46,8 @@ class PoolingMask:
 class ClipViT(Encoder):
     """Norm, attention, norm, MLP; one class token."""
 
-    hosts = ("CLIPVisionModel", "CLIPVisionTransformer")
-    wrappers = ("CLIPModel", "CLIPVisionModelWithProjection")
+    hosts: ClassVar[tuple[str, ...]] = ("CLIPVisionModel", "CLIPVisionTransformer")
+    wrappers: ClassVar[tuple[str, ...]] = ("CLIPModel", "CLIPVisionModelWithProjection")
     qk = ("q_proj", "k_proj")
 
     def blocks(self, tower: Any) -> Sequence[Any]:

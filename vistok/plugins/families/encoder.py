@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from vistok.compress.reduction import take
 from vistok.plugins.handle import Handle
 from vistok.registry import list_names, registry
 
@@ -65,6 +66,10 @@ class Step:
             return table[:, index].transpose(0, 1)
         index = index.view(len(index), 1, -1, 1)
         return table.gather(2, index.expand(-1, table.shape[1], -1, table.shape[3]))
+
+    def token_rows(self, table: Tensor) -> Tensor:
+        """Rows of a table over the tower's own sequence (B, tokens, ...) at the tokens that are left."""
+        return table if self.index is None else take(table, self.index)
 
     def refuse_mask(self, mask: Any) -> None:
         """A caller's mask over the original tokens cannot follow tokens that are merged.
@@ -172,8 +177,8 @@ def encoder_of(module: nn.Module) -> Encoder | None:
     """The kind of a tower, None if it is no known one."""
     for name in list_names("family"):
         _, builder, _ = registry("family").resolve(name)
-        if issubclass(builder, Encoder) and builder.fits(module):  # type: ignore[arg-type]
-            found: Encoder = builder()  # type: ignore[assignment]
+        if issubclass(builder, Encoder) and builder.fits(module):  # type: ignore[arg-type, attr-defined]
+            found: Encoder = builder()
             return found
     return None
 

@@ -43,6 +43,10 @@ class Idefics3(Family):
         """The connector behind its pixel shuffle."""
         return model.base_model.connector.modality_projection
 
+    def joined(self, model: Any) -> int:
+        """Patches of a pixel shuffle."""
+        return int(model.config.scale_factor)
+
     def pooled(self, model: Any, patches: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """Means over the patches of a token."""
         return shuffled_means(patches, int(model.config.scale_factor))

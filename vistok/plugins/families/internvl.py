@@ -41,6 +41,10 @@ class InternVL(Family):
         sides = 1 / model.config.downsample_ratio
         return int(sides + 0.5)
 
+    def joined(self, model: Any) -> int:
+        """Patches of a pixel shuffle."""
+        return self.factor(model)
+
     def pooled(self, model: Any, patches: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """Means over the patches of a token."""
         return shuffled_means(patches, self.factor(model))

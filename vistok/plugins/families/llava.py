@@ -9,10 +9,7 @@ import torch
 from torch import Tensor
 
 from vistok.compress.grid import fit_grid
-from vistok.compress.method import TowerMethod
-from vistok.compress.reduction import Reduction
-from vistok.plugins.families.base import Block, Entry, Family, Smaller, entry, resized
-from vistok.plugins.tower import working
+from vistok.plugins.families.base import Block, Family, Smaller, resized
 from vistok.registry import register
 
 
@@ -42,33 +39,3 @@ class Llava(Family):
         features = self.features(model, output)
         grids: list[list[tuple[int, ...]]] = [[small] for _ in pixels]
         return {"image": Smaller(output=output, features=features, blocks=[[full] for _ in pixels], grids=grids)}
-
-    def encode_merged(
-        self, model: Any, kwargs: dict[str, Any], method: TowerMethod
-    ) -> tuple[dict[str, Any], dict[str, list[Entry]], dict[str, list[int]]]:
-        """Pictures one by one, so that each merges as its own content says; under `reference` all in one batch."""
-        pixels: Tensor = kwargs["pixel_values"]
-        features: list[Tensor] = []
-        entries: list[Entry] = []
-        output: Any = None
-        for batch in [pixels] if method.reference else pixels.split(1):
-            with working(self.tower(model), method) as work:
-                output = self.encode(model, {**kwargs, "pixel_values": batch})["image"]
-            assert work.class_row is not None
-            must = method.key_set(work.class_row)
-            for i, found in enumerate(self.features(model, output)):
-                features.append(found)
-                entries.append(entry(found, _places(work.reduction, i, len(found), method), must[i]))
-        sizes = [e.reduction.length for e in entries]
-        output.pooler_output = features
-        return {"image": output}, {"image": entries}, {"image": sizes}
-
-
-def _places(merged: Reduction | None, i: int, count: int, method: TowerMethod) -> Reduction:
-    """Placeholders that the features of picture i take; merged-first order has no places of its own."""
-    if merged is None or method.reference:
-        index = torch.arange(count).unsqueeze(0)
-        return Reduction(index, torch.ones_like(index), count if merged is None else merged.length)
-    assert merged.links is not None and merged.weights is not None
-    one = slice(i, i + 1)
-    return Reduction(merged.index[one], merged.sizes[one], merged.length, merged.links[one], merged.weights[one])

@@ -139,6 +139,28 @@ class LlavaNext(Family):
         packed, _ = base.pack_image_features(tiles, kwargs["image_sizes"], image_newline=newline, **packing)
         return list(packed)
 
+    def sources(
+        self, model: Any, kwargs: dict[str, Any], modality: str, shape: tuple[int, int], device: torch.device
+    ) -> list[Tensor]:
+        """As usual; where the host shrinks a mosaic, the patch in the middle of what became one feature."""
+        side, tiles = self.side(model), self.tiles(model, kwargs)
+        y, x = (axis.flatten() for axis in torch.meshgrid(*[torch.arange(side).double()] * 2, indexing="ij"))
+        cols = [self.layout(model, size)[1] for size in kwargs["image_sizes"].tolist()]
+        numbers = [(number, columns) for count, columns in zip(tiles, cols) for number in range(count)]
+        cells = [divmod(max(number - 1, 0), columns) for number, columns in numbers]
+        maps = [
+            torch.stack([torch.ones_like(x), torch.full_like(x, number == 0), y + side * r, x + side * c], dim=1)
+            for (number, _), (r, c) in zip(numbers, cells)
+        ]
+        found, first = [], 0
+        for laid, count, columns in zip(self.spread(model, kwargs, modality, torch.stack(maps)), tiles, cols):
+            row, col = laid[:, 2].round().long(), laid[:, 3].round().long()
+            crop = torch.where(laid[:, 1] > 0.5, 0, 1 + row // side * columns + col // side)
+            number = (first + crop) * shape[1] + row % side * side + col % side
+            found.append(torch.where(laid[:, 0] > 0.5, number, -1).to(device))
+            first += count
+        return found
+
     def encode_smaller(
         self, model: Any, kwargs: dict[str, Any], count: Callable[[int], int], runs: dict[str, list[int]]
     ) -> dict[str, Smaller]:

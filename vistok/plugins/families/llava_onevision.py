@@ -54,6 +54,21 @@ class LlavaOnevision(LlavaNext):
         clips = pooled.reshape(len(kwargs["pixel_values_videos"]), -1, tokens.shape[-1])
         return list(torch.cat([clips, torch.zeros_like(clips[:, :1])], dim=1))
 
+    def sources(
+        self, model: Any, kwargs: dict[str, Any], modality: str, shape: tuple[int, int], device: torch.device
+    ) -> list[Tensor]:
+        """As in LLaVA-NeXT; in frames, which are pooled, the patch in the middle of what became one feature."""
+        if modality == "image":
+            return super().sources(model, kwargs, modality, shape, device)
+        side = self.side(model)
+        axes = torch.meshgrid(torch.arange(shape[0]), torch.arange(side), torch.arange(side), indexing="ij")
+        maps = torch.stack([torch.ones_like(axes[0]), *axes], dim=-1).flatten(1, 2).double()
+        found = []
+        for laid in self.spread(model, kwargs, modality, maps):
+            frame, y, x = laid[:, 1:].round().long().unbind(1)
+            found.append(torch.where(laid[:, 0] > 0.5, frame * shape[1] + y * side + x, -1).to(device))
+        return found
+
     def encode_smaller(
         self, model: Any, kwargs: dict[str, Any], count: Callable[[int], int], runs: dict[str, list[int]]
     ) -> dict[str, Smaller]:

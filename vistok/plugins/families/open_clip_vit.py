@@ -22,7 +22,7 @@ class MeanPool:
     """Stands in for `_global_pool`: means are weighted by sizes."""
 
     def __init__(self, runtime: TowerRuntime, tower: Any, original: Callable[..., Any]) -> None:
-        functools.update_wrapper(self, original)  # type: ignore[arg-type]
+        functools.update_wrapper(self, original)
         self.__wrapped__ = original
         self.runtime, self.tower = runtime, tower
 

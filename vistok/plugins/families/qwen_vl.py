@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -13,6 +12,7 @@ from torch.nn import functional as F
 from vistok.compress.grid import centre_of, fit_grid
 from vistok.compress.reduction import Reduction
 from vistok.plugins.families.base import PIXELS, Block, Family, Smaller
+from vistok.plugins.families.qwen_vit import window_order
 from vistok.registry import register
 
 GRIDS = {"image": "image_grid_thw", "video": "video_grid_thw"}
@@ -69,21 +69,15 @@ class Qwen2VL(Family):
 
     def _in_order(self, model: Any, tokens: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """Undo the order of windows that some towers work in, (n, C) -> (1, n, C)."""
-        tower = self.tower(model)
-        if not hasattr(tower, "window_size"):
-            return tokens.unsqueeze(0)
         grids = [kwargs[name] for modality, name in GRIDS.items() if kwargs.get(PIXELS[modality]) is not None]
-        if hasattr(tower, "get_window_index"):  # transformers up to 5.23
-            order = tower.get_window_index(grids[0])[0]
-        else:
-            order = sys.modules[type(tower).__module__].get_vision_window_index(
-                grids[0],
-                spatial_merge_size=tower.spatial_merge_size,
-                window_size=tower.window_size,
-                patch_size=tower.patch_size,
-                kwargs={},
-            )[0]
+        order = window_order(self.tower(model), grids[0])
+        if order is None:
+            return tokens.unsqueeze(0)
         return tokens[torch.argsort(order.to(tokens.device))].unsqueeze(0)
+
+    def in_order(self, model: Any, tokens: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """Undo the order of windows."""
+        return self._in_order(model, tokens[0], kwargs)
 
     def spread(self, model: Any, kwargs: dict[str, Any], modality: str, tokens: Tensor) -> list[Tensor]:
         """One piece per picture or clip."""

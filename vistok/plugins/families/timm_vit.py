@@ -21,7 +21,7 @@ class TimmPool:
     """Stands in for `pool` of a tower: means are weighted by sizes."""
 
     def __init__(self, runtime: TowerRuntime, tower: Any, original: Callable[..., Tensor]) -> None:
-        functools.update_wrapper(self, original)  # type: ignore[arg-type]
+        functools.update_wrapper(self, original)
         self.__wrapped__ = original
         self.runtime, self.tower = runtime, tower
 
@@ -59,7 +59,7 @@ class TimmViT(Encoder):
     In parallel blocks nothing lies between attention and MLP, so tokens are merged after the block.
     """
 
-    hosts = ("VisionTransformer", "VisionTransformerDistilled")
+    hosts: ClassVar[tuple[str, ...]] = ("VisionTransformer", "VisionTransformerDistilled")
     wrappers = ("TimmModel", "CLIP", "CustomTextCLIP", "CoCa")
     qk = ("q_norm", "k_norm")
     known: ClassVar[tuple[str, ...]] = ("Block", "ResPostBlock", "ParallelScalingBlock")
@@ -146,7 +146,7 @@ class TimmEva(TimmViT):
 
     def rotate(self, block: Any, x: Tensor, step: Step) -> Tensor:
         """Rotate the patches; prefix tokens have no position."""
-        from timm.layers import apply_rot_embed_cat
+        from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 
         rope = self._rope(step)
         if rope is None:
