@@ -46,7 +46,7 @@ class Weights:
     """Where published weights live and what is known about them.
 
     Attributes:
-        hub: Hub repository id, `org/name`.
+        hub: Hub repository id, `org/name`; empty where the weights are on no hub and `source` says where.
         filename: File inside the repository.
         sha256: Hash of that file in hex, None where it was never seen by us.
         model_id: First 4 bytes (8 hex digits) of the hash over the encoder-to-ids tensors, None until computed.

@@ -188,16 +188,19 @@ class Tokenizer(Sized):
         size, option = (images.shape[-2], images.shape[-1]), self._text_option(text, len(images))
         grid = self.grid_for(size)
         quantized = self.quantizer(self.encode_features(images, **option), grid=grid, generator=generator)
+        return self.tokens_of(quantized, size, captions_of(option)), quantized
+
+    def tokens_of(self, quantized: Quantized, size: tuple[int, int], text: tuple[str, ...] | None = None) -> Tokens:
+        """Tokens of pictures of `size` (H, W) from what the quantizer made of their features."""
         aligned = quantized.ids is None or quantized.ids.shape[1] == quantized.codes.shape[1]
-        found = Tokens(
+        return Tokens(
             ids=quantized.ids,
             codes=quantized.codes if aligned else None,  # ids of several scales are more than the codes
             grid=self.token_grid(size),
             vocab=self.quantizer.vocab_sizes,
             size=size,
-            text=captions_of(option),
+            text=text,
         )
-        return found, quantized
 
     def draw_lengths(self, uniform: Tensor) -> Tensor:
         """Lengths that a nested tokenizer trains with: every one of 1..K alike (tail token drop, arXiv 2501.10064).

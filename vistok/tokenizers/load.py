@@ -68,6 +68,11 @@ def _read(source: str | Path, config_file: str | Path | None) -> tuple[dict[str,
             create_it = f"vistok.create('tokenizer', {source!r})"
             raise hub.LoadError(f"{source!r} has no published weights. Build it untrained with {create_it}.")
         weights = preset.weights
+        if not weights.hub:
+            raise hub.LoadError(
+                f"The weights of {source!r} are on no hub. Download {weights.filename} (see {weights.source}) and load "
+                "that file."
+            )
         if weights.filename == hub.WEIGHTS:
             return hub.read_folder(hub.HUB_PREFIX + weights.hub)
         return read_checkpoint(hub.fetch_file(weights.hub, weights.filename), config_file)
