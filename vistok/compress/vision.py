@@ -196,15 +196,16 @@ class ScheduledVisionMethod(VisionMethod):
 def rates(r: Rate, depth: int) -> list[int]:
     """Tokens to merge in every block (`parse_r` of ToMe).
 
-    An int is for every block. `(r, inflection)` with an inflection in [-1, 1] rises (1), falls (-1) or stays (0) on
-    a line of mean r, rounded down. A list is literal and zeros follow it.
+    An int is for every block. `(r, inflection)` with an inflection in [-1.0, 1.0] rises (1.0), falls (-1.0) or stays
+    (0.0) on a line of mean r, rounded down; it is told from two rates by its being a float or negative. A list of rates
+    is literal and zeros follow it.
 
     Raises:
         ValueError: Something else, or more rates than blocks.
     """
     if isinstance(r, int):
         found = [r] * depth
-    elif isinstance(r, tuple) or any(isinstance(x, float) for x in r):
+    elif len(r) == 2 and (isinstance(r[1], float) or r[1] < 0):
         mean, inflection = r
         if not -1 <= inflection <= 1:
             raise ValueError(f"r={r}: the inflection lies in [-1, 1]: -1 falling, 0 constant, 1 rising.")
@@ -242,8 +243,10 @@ def spread(start: int, end: int, shape: Sequence[int], floor: Callable[[int], in
         ValueError: It cannot be reached.
     """
     gone, total = start - end, sum(shape)
-    if gone <= 0 or total == 0:
+    if gone <= 0:
         return [start] * len(shape)
+    if total == 0:
+        raise ValueError(f"keep leaves {end} of {start} patches, and the schedule merges in no block. Give a larger r.")
     share = list(itertools.accumulate(shape))
     for stretch in (1 + i / 8 for i in range(8 * 8 * len(shape))):  # blocks that may not take enough: begin faster
         left, now = [], start
