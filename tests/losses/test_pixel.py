@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -25,3 +27,12 @@ def test_half_precision_input_gives_a_float32_loss(name):
 def test_different_shapes_are_refused(name):
     with pytest.raises(ValueError, match="of one shape"):
         vistok.create("loss", name)(image(1, 16), image(2, 16))
+
+
+def test_log_mse_is_the_mean_psnr_in_other_units():
+    draw = torch.Generator().manual_seed(0)
+    x, y = torch.rand(3, 3, 8, 8, generator=draw), torch.rand(3, 3, 8, 8, generator=draw)
+    psnr = -10 * (x - y).square().flatten(1).mean(1).log10()
+    found = vistok.create("loss", "log_mse", floor=0.0)(x, y)
+    torch.testing.assert_close(found * -10 / math.log(10), psnr)
+    assert torch.isfinite(vistok.create("loss", "log_mse")(x, x)).all()

@@ -54,6 +54,7 @@ ZOO: dict[str, dict] = {
     "bsq_grouped": {"name": "bsq", "dim": 72, "groups": 9, "entropy_group": 9},
     "binary": {"name": "binary", "dim": 16, "num_bits": 12},
     "binary_64": {"name": "binary", "dim": 72, "num_bits": 64, "in_dim": 24},
+    "ternary": {"name": "ternary", "dim": 12, "groups": 3},
     "gaussian": {"name": "gaussian", "dim": 8},
 }
 DISCRETE = [k for k in ZOO if k != "gaussian"]

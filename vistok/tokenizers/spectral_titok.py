@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from vistok.config import Of, Spec, create
 from vistok.image import Preprocess
 from vistok.layers.conv import to_map, to_sequence
+from vistok.layers.exact import KeepFloat32
 from vistok.layers.transformer import Transformer
 from vistok.quantizers.base import Quantizer
 from vistok.quantizers.vq import TableQuantizer
@@ -138,7 +139,7 @@ def lay_out(size: tuple[int, int], num_tokens: int, quantizer: Quantizer, scalin
     return Layout(size, index, spread.astype(np.float32), gain, curve)
 
 
-class _Frequencies(nn.Module):
+class _Frequencies(KeepFloat32):
     """What analysis and synthesis share: basis functions, and the place of every coefficient."""
 
     index: Tensor
@@ -156,15 +157,6 @@ class _Frequencies(nn.Module):
         self.register_buffer("vertical", dct_matrix(self.shape[1], layout.size[0]), persistent=False)
         self.register_buffer("horizontal", dct_matrix(self.shape[2], layout.size[1]), persistent=False)
         self.register_buffer("colours", torch.tensor(OPPONENT), persistent=False)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Move to devices as usual but stay in float32: rounding the basis functions would change ids."""
-        exact = {name: t.detach() for name, t in [*self.named_parameters(), *self.named_buffers()]}
-        super()._apply(fn, recurse)
-        for name, t in [*self.named_parameters(), *self.named_buffers()]:
-            if t.dtype != exact[name].dtype:
-                t.data = exact[name].to(t.device)
-        return self
 
 
 class FrequencyAnalysis(_Frequencies):
