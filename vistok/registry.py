@@ -30,6 +30,7 @@ FOLDERS: Mapping[str, str] = MappingProxyType(
         "step": "vistok.train.steps",
         "method": "vistok.compress.methods",
         "family": "vistok.plugins.families",
+        "host": "vistok.plugins.hosts",
         "dataset": "vistok.data",
         "metric": "vistok.evaluate",
     }

@@ -15,7 +15,6 @@ from vistok.train.build import Run
 from vistok.train.log import METRICS, Log, clock, history
 
 Reason = Literal["done", "time", "signal"]
-MODEL = "tokenizer"
 EVALUATION = "eval"
 
 
@@ -104,9 +103,9 @@ def finish(run: Run, log: Log, reason: Reason, signal: str, command: str) -> Tra
     if reason != "signal":
         if run.accelerator.is_main_process:
             with final_weights(run):
-                run.model.save_pretrained(run.out / MODEL)
+                run.model.save_pretrained(run.out / run.task.model_kind)
         figures = evaluate(run, run.out / EVALUATION, command)
-    files = written(run.out)
+    files = written(run.out, run.task.model_kind)
     result = TrainResult(
         out=run.out,
         stopped=reason,
@@ -120,10 +119,10 @@ def finish(run: Run, log: Log, reason: Reason, signal: str, command: str) -> Tra
     return result
 
 
-def written(out: Path) -> dict[Path, str]:
-    """What a run's folder holds now, with a few words on each."""
+def written(out: Path, kind: str = "tokenizer") -> dict[Path, str]:
+    """What a run's folder holds now, with a few words on each; the model lies under the name of its kind."""
     known = {
-        out / MODEL: "the trained model; vistok.load reads it",
+        out / kind: "the trained model" + ("; vistok.load reads it" if kind == "tokenizer" else ""),
         out / METRICS: "every figure of the training",
         out / checkpoint.RECIPE: "the complete recipe",
         out / "tensorboard": "the same for TensorBoard",

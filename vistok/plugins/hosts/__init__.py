@@ -1,0 +1,1 @@
+"""Host models as things to train: one file per library they come from."""
