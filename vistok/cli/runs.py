@@ -11,6 +11,7 @@ import typer
 from vistok.cli import files
 from vistok.cli import probe as probing
 from vistok.cli.pictures import Batch, Caption, Device, Model, Overwrite, load
+from vistok.cli.vlm import Clock, Dtype, Task
 
 if TYPE_CHECKING:
     from vistok.evaluate.run import EvalResult
@@ -170,29 +171,38 @@ def bench_quantizers(
 
 @bench.command("vlm")
 def bench_vlm(
-    method: Annotated[str, typer.Option(help="Registered methods, separated by commas.")] = "random,fastv,transprune",
-    keep: Annotated[str, typer.Option(help="Shares of image tokens that stay, separated by commas.")] = "0.75,0.5,0.25",
-    image_tokens: Annotated[int, typer.Option(min=4, help="Image tokens of the prompt.")] = 576,
+    model: Annotated[Path | None, typer.Option(help="Directory of a model; random weights without it.")] = None,
+    method: Annotated[str, typer.Option(help="Methods or YAML files with a setting, separated by commas.")] = "",
+    keep: Annotated[str, typer.Option(help="Image tokens that stay: shares or numbers, separated by commas.")] = "",
+    task: Annotated[Task, typer.Option(help="scenes: answers to questions as well; needs --model.")] = Task.speed,
+    sweep: Annotated[bool, typer.Option("--sweep", help="Every budget of a curve, and the plot.")] = False,
+    image_tokens: Annotated[int, typer.Option(min=4, help="Image tokens of the random model's prompt.")] = 576,
+    questions: Annotated[int, typer.Option(min=1, help="Questions of --task scenes.")] = 120,
     rounds: Annotated[int, typer.Option(min=1, help="Timed rounds after one warm-up.")] = 5,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's own number by default.")] = None,
+    clock: Annotated[Clock, typer.Option(help="process: for one thread on a busy machine.")] = Clock.wall,
+    dtype: Annotated[Dtype, typer.Option(help="Of the weights of --model.")] = Dtype.auto,
     out: Annotated[Path | None, typer.Option(help="JSON file for the result; replaced if it exists.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Diagram (PNG, SVG or PDF); replaced if it exists.")] = None,
 ) -> None:
-    """Prefill and decode of a random LLaVA of 12 layers x 768, with and without token compression."""
-    from vistok.evaluate import bench_vlm as module
+    """Prefill, decoding, memory and FLOPs of a model with and without token compression; on scenes, its answers too."""
+    from vistok.cli import vlm
 
-    shares = [_share(text) for text in files.listed(keep)]
-    result = module.run(
-        methods=files.listed(method), keep=shares, image_tokens=image_tokens, rounds=rounds, threads=threads
+    result = vlm.run(
+        model,
+        methods=files.listed(method),
+        keep=files.listed(keep),
+        scenes=task is Task.scenes,
+        sweep=sweep,
+        image_tokens=image_tokens,
+        questions=questions,
+        rounds=rounds,
+        threads=threads,
+        clock=clock.value,
+        dtype=dtype.value,
+        plot=plot,
     )
-    typer.echo(module.table(result))
-    _write_json(out, result.to_dict())
-
-
-def _share(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise ValueError(f"--keep takes numbers in (0, 1] separated by commas, got {text!r}.") from None
+    _write_json(out, result)
 
 
 def _write_json(path: Path | None, content: Mapping[str, Any]) -> None:

@@ -112,7 +112,9 @@ class Scenes:
         for thing in found:
             self.table.setdefault(thing.category, {}).setdefault(thing.name, []).append(thing)
         if sum(map(len, self.table.values())) < 2:
-            raise ValueError(f"Scenes need at least two kinds of things; {objects or BUNDLED} has {len(found)} pictures.")
+            raise ValueError(
+                f"Scenes need at least two kinds of things; {objects or BUNDLED} has {len(found)} pictures."
+            )
         self.photos = Photos(split=split, permissive=True)
 
     def __len__(self) -> int:

@@ -19,7 +19,10 @@ from torch import nn
 
 Inputs = dict[str, Any]
 Now = Callable[[torch.device], float]
+Budget = float | int
 DEFAULT = ("random", "fastv", "pyramiddrop", "transprune")
+SWEEP = (0.9, 0.75, 0.5, 0.35, 0.25, 0.11)
+"""Shares of `vistok bench vlm --sweep`."""
 PATCH, TEXT_BEFORE, TEXT_AFTER = 14, 20, 40
 
 
@@ -34,10 +37,11 @@ class VlmBench:
         attention: Attention backend, the same for all rows.
         prompt: Tokens of the prompt.
         image_tokens: Image tokens among them.
-        rows: One per method and budget, the plain model first: method, keep, image_left, prefill_ms (tower included),
-            language_ms (language model alone), decode_ms (per token), peak_bytes (prefill, above what was allocated
-            before), cache_bytes, flops (language model), speedup (language_ms of the plain model / ours, median of the
-            per-round ratios), allowed (the same of the FLOPs) and efficiency (speedup / allowed).
+        rows: One per method and budget, the plain model first: method (or the name of its file), keep, image_left,
+            prefill_ms (tower included), language_ms (language model alone), decode_ms (per token), peak_bytes (prefill,
+            above what was allocated before), cache_bytes, flops (language model), speedup (language_ms of the plain
+            model / ours, median of the per-round ratios), allowed (the same of the FLOPs) and efficiency (speedup /
+            allowed).
     """
 
     model: str
@@ -66,14 +70,17 @@ def run(
     decode: int = 8,
     threads: int | None = None,
     clock: Literal["wall", "process"] = "wall",
+    dtype: str = "auto",
+    progress: Callable[[int], None] | None = None,
 ) -> VlmBench:
     """Time methods against the plain model.
 
     Args:
         source: A model, a local directory of one, or None for a Llama-shaped LLaVA with random weights.
-        methods: Names, or mappings `{name: ..., ...}`.
+        methods: Names, mappings `{name: ..., ...}`, or YAML files with one; see `settings_of`.
         keep: Budgets; each method runs with each.
-        inputs: Prompt and pixels; required for a model given, made up for the random one.
+        inputs: Prompt and pixels; for a directory a question about a bundled photograph if None, for the random model
+            made up, for another model required.
         image_tokens: Image tokens of the random model's prompt, rounded to a square.
         depth: Layers of the random model.
         width: Its hidden size, a multiple of 64.
@@ -82,25 +89,27 @@ def run(
         threads: CPU threads; torch's own number if None.
         clock: `process` counts the processor seconds of this process alone, which a busy machine hardly disturbs: for
             one CPU thread only.
+        dtype: Of the weights read from a directory; `auto` as they are stored.
+        progress: Told the number of rounds done.
 
     Raises:
         ValueError: A model without inputs, or a process clock where it tells nothing.
     """
     if threads:
         torch.set_num_threads(threads)
-    if clock == "process" and (torch.get_num_threads() > 1 or torch.cuda.is_available()):
-        raise ValueError("The process clock adds up threads and knows no GPU: use it with threads=1 on a CPU.")
-    now = _now if clock == "wall" else _process_now
-    model, name = _model(source, image_tokens, depth, width)
+    now = timer(clock)
+    settings = [PLAIN, *settings_of(methods, keep)]
+    model, name = _model(source, image_tokens, depth, width, dtype)
     if inputs is None:
-        if source is not None:
-            raise ValueError("Give `inputs` (ids, mask, pixels from the model's processor) together with a model.")
-        inputs = random_inputs(model)
-    settings = [_setting(method, budget) for method in methods for budget in keep]
+        inputs = _question(source, model)
+    times = []
     with torch.inference_mode():
-        times = [_round(model, inputs, settings, decode, now) for _ in range(rounds + 1)][1:]
-        facts = [_facts(model, inputs, setting) for setting in [None, *settings]]
-    rows = [_row(setting, fact, times, i, facts[0]) for i, (setting, fact) in enumerate(zip([None, *settings], facts))]
+        for done in range(rounds + 1):
+            times.append(_round(model, inputs, settings, decode, now))
+            if progress is not None:
+                progress(done + 1)
+        facts = [_facts(model, inputs, setting) for setting in settings]
+    rows = [_row(setting, fact, times[1:], i, facts[0]) for i, (setting, fact) in enumerate(zip(settings, facts))]
     return VlmBench(
         model=name,
         device=platform.processor() or platform.machine() if model.device.type == "cpu" else str(model.device),
@@ -145,30 +154,123 @@ def random_inputs(model: Any) -> Inputs:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.rand(1, 3, size, size)}
 
 
-def _model(source: str | Path | nn.Module | None, image_tokens: int, depth: int, width: int) -> tuple[Any, str]:
+def load_host(source: str | Path, dtype: str = "auto") -> Any:
+    """A model from a directory, for inference.
+
+    Raises:
+        FileNotFoundError: There is none.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    if not (Path(source) / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{source} holds no model (no config.json). recipes/vlm/make_host.py makes a small one."
+        )
+    chosen = dtype if dtype == "auto" else getattr(torch, dtype)
+    return AutoModelForImageTextToText.from_pretrained(source, dtype=chosen).eval().requires_grad_(False)
+
+
+def _model(
+    source: str | Path | nn.Module | None, image_tokens: int, depth: int, width: int, dtype: str
+) -> tuple[Any, str]:
     if isinstance(source, nn.Module):
         return source.eval(), type(source).__name__
     if source is None:
         found = random_llava(image_tokens=image_tokens, depth=depth, width=width)
         return found, f"random LLaVA, {depth} layers x {width}"
-    from transformers import AutoModelForImageTextToText
-
-    return AutoModelForImageTextToText.from_pretrained(source).eval(), str(source)
+    return load_host(source, dtype), str(source)
 
 
-def _setting(method: str | Mapping[str, Any], budget: float | int) -> dict[str, Any]:
-    given = {"name": method} if isinstance(method, str) else dict(method)
-    return {**given, "keep": budget}
+def _question(source: str | Path | nn.Module | None, model: Any) -> Inputs:
+    """Inputs where none were given."""
+    if source is None:
+        return random_inputs(model)
+    if isinstance(source, nn.Module):
+        raise ValueError("Give `inputs` (ids, mask, pixels from the model's processor) together with a model.")
+    from transformers import AutoProcessor
+
+    from vistok.data.bundled import Photos
+
+    processor: Any = AutoProcessor.from_pretrained(source)
+    content = [{"type": "image"}, {"type": "text", "text": "What is in the picture?"}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    inputs = processor(text=text, images=Photos(split="heldout").read(0).picture, return_tensors="pt")
+    return {k: v.to(model.device) for k, v in inputs.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One method at one budget.
+
+    Attributes:
+        label: What tables call it.
+        keep: Its budget.
+        method: What `vistok.attach` takes; None for the plain model.
+    """
+
+    label: str
+    keep: Budget
+    method: Mapping[str, Any] | None
+
+
+PLAIN = Setting(label="none", keep=1.0, method=None)
+
+
+def settings_of(methods: Sequence[str | Mapping[str, Any]], keep: Sequence[Budget]) -> list[Setting]:
+    """Every method at every budget; a mapping or a file with a `keep` of its own stands as it is.
+
+    Args:
+        methods: Names, mappings `{name: ..., ...}`, or YAML files with such a mapping, which lend it their names.
+        keep: Budgets.
+    """
+    found = []
+    for method in methods:
+        label = Path(method).stem if isinstance(method, str) and _is_file(method) else None
+        given = dict(_mapping(method))
+        budgets = [given["keep"]] if given.get("keep") is not None else keep
+        found += [Setting(label=label or given["name"], keep=b, method={**given, "keep": b}) for b in budgets]
+    return found
+
+
+def _is_file(method: str) -> bool:
+    return method.endswith((".yaml", ".yml"))
+
+
+def _mapping(method: str | Mapping[str, Any]) -> Mapping[str, Any]:
+    if not isinstance(method, str):
+        return method
+    if not _is_file(method):
+        return {"name": method}
+    from vistok.config import ConfigError, read_yaml
+
+    found = read_yaml(method)
+    if not isinstance(found.get("name"), str):
+        raise ConfigError(f"{method}: a setting needs the name of its method, e.g. name: fastv.")
+    return found
+
+
+def timer(clock: str) -> Now:
+    """The clock of a benchmark, `wall` or `process`.
+
+    Raises:
+        ValueError: A process clock with several threads or a GPU, or another word.
+    """
+    if clock not in ("wall", "process"):
+        raise ValueError(f"clock: expected wall or process, got {clock!r}.")
+    if clock == "process" and (torch.get_num_threads() > 1 or torch.cuda.is_available()):
+        raise ValueError("The process clock adds up threads and knows no GPU: use it with threads=1 on a CPU.")
+    return _now if clock == "wall" else _process_now
 
 
 @contextlib.contextmanager
-def _applied(model: Any, setting: Mapping[str, Any] | None) -> Iterator[Any]:
+def applied(model: Any, method: Mapping[str, Any] | None) -> Iterator[Any]:
+    """The plug-in while the block runs; None and no change without a method."""
     from vistok.plugins.attach import attach
 
-    if setting is None:
+    if method is None:
         yield None
     else:
-        with attach(model, setting) as plugin:
+        with attach(model, method) as plugin:
             yield plugin
 
 
@@ -210,13 +312,11 @@ def _process_now(device: torch.device) -> float:
     return time.process_time()
 
 
-def _round(
-    model: Any, inputs: Mapping[str, Any], settings: Sequence[Mapping[str, Any]], decode: int, now: Now
-) -> list[Any]:
-    """(prefill, language, decode per token) in seconds, of the plain model and of every setting."""
+def _round(model: Any, inputs: Mapping[str, Any], settings: Sequence[Setting], decode: int, now: Now) -> list[Any]:
+    """(prefill, language, decode per token) in seconds, of every setting."""
     found = []
-    for setting in [None, *settings]:
-        with _Clock(model, now) as clock, _applied(model, setting):
+    for setting in settings:
+        with _Clock(model, now) as clock, applied(model, setting.method):
             start = now(model.device)
             out = model(**inputs, use_cache=True, logits_to_keep=1)
             prefill, language = now(model.device) - start, clock.seconds
@@ -229,22 +329,26 @@ def _round(
     return found
 
 
-def _facts(model: Any, inputs: Mapping[str, Any], setting: Mapping[str, Any] | None) -> dict[str, Any]:
+def _facts(model: Any, inputs: Mapping[str, Any], setting: Setting) -> dict[str, Any]:
     """Tokens, FLOPs and bytes of one prefill."""
-    with _applied(model, setting or {"name": "random", "keep": 1.0}) as plugin:
-        peak, cache = _peak(model, lambda: model(**inputs, use_cache=True, logits_to_keep=1).past_key_values)
+    with applied(model, setting.method or {"name": "random", "keep": 1.0}) as plugin:
+        peak, cache = measure_peak(model, lambda: model(**inputs, use_cache=True, logits_to_keep=1).past_key_values)
         report = plugin.report()
-    stored = sum(layer.keys.numel() * layer.keys.element_size() * 2 for layer in cache.layers)
     return {
         "prompt": sum(report.trace.prompt),
         "image_left": sum(report.trace.image[-1]),
         "flops": sum(report.flops),
-        "cache_bytes": stored,
+        "cache_bytes": cache_bytes(cache),
         "peak_bytes": peak,
     }
 
 
-def _peak(model: Any, call: Any) -> tuple[int, Any]:
+def cache_bytes(cache: Any) -> int:
+    """Bytes of the keys and values in a cache."""
+    return sum(layer.keys.numel() * layer.keys.element_size() * 2 for layer in cache.layers)
+
+
+def measure_peak(model: Any, call: Any) -> tuple[int, Any]:
     """Largest number of bytes allocated during a call above what was there before, and its result."""
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)
@@ -264,15 +368,13 @@ def _peak(model: Any, call: Any) -> tuple[int, Any]:
     return peak, result
 
 
-def _row(
-    setting: Mapping[str, Any] | None, fact: dict[str, Any], times: Any, i: int, plain: dict[str, Any]
-) -> dict[str, Any]:
+def _row(setting: Setting, fact: dict[str, Any], times: Any, i: int, plain: dict[str, Any]) -> dict[str, Any]:
     medians = [statistics.median(r[i][k] for r in times) * 1000 for k in range(3)]
     speedup = statistics.median(r[0][1] / r[i][1] for r in times)
     allowed = plain["flops"] / fact["flops"]
     return {
-        "method": setting["name"] if setting else "none",
-        "keep": setting["keep"] if setting else 1.0,
+        "method": setting.label,
+        "keep": setting.keep,
         "image_left": fact["image_left"],
         "prefill_ms": medians[0],
         "language_ms": medians[1],
@@ -299,3 +401,41 @@ def table(result: VlmBench) -> str:
             f"{r['speedup']:>10.2f}{r['allowed']:>9.2f}{r['efficiency']:>6.2f}"
         )
     return "\n".join(lines)
+
+
+def plot(result: VlmBench, path: Path) -> None:
+    """Draw latency and peak memory against the tokens kept, a line per method (PNG, SVG or PDF by the ending)."""
+    panels = (("prefill_ms", "prefill, ms", 1.0), ("decode_ms", "decoding, ms per token", 1.0))
+    draw(result.rows, [*panels, ("peak_bytes", "peak of the prefill, MB", 1e-6)], path, result.model)
+
+
+def draw(rows: Sequence[Mapping[str, Any]], panels: Sequence[tuple[str, str, float]], path: Path, title: str) -> None:
+    """One panel per figure against the tokens kept, one line per method, the plain model dashed.
+
+    Args:
+        rows: The plain model first.
+        panels: Key of a row, label of the axis, factor.
+        path: Where the picture goes.
+        title: Above it.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 4.2), layout="constrained", squeeze=False)
+    labels = list(dict.fromkeys(row["method"] for row in rows[1:]))
+    for axis, (key, name, factor) in zip(axes[0], panels):
+        if rows[0][key] is not None:
+            axis.axhline(rows[0][key] * factor, color="black", linestyle="--", linewidth=0.9, label="none")
+        for index, label in enumerate(labels):
+            mine = [r for r in rows if r["method"] == label and r[key] is not None]
+            points = sorted((r["image_left"], r[key] * factor) for r in mine)
+            style = ("-", "--", ":")[index // 10 % 3]  # ten colours come round
+            axis.plot(*zip(*points), marker="o", markersize=3.5, linestyle=style, label=label)
+        axis.set(xlabel="image tokens kept", ylabel=name)
+        axis.grid(alpha=0.25)
+    axes[0][0].legend(fontsize=7)
+    figure.suptitle(title, fontsize=9)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

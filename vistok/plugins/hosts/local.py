@@ -48,7 +48,7 @@ class LocalHost(nn.Module):
         path: str,
         projector: bool = True,
         lora_rank: int = 0,
-        lora_alpha: float = 16.0,
+        lora_alpha: int = 16,
         lora_targets: Sequence[str] = ATTENTION,
         dtype: Literal["float32", "bfloat16"] = "float32",
         gradient_checkpointing: bool = False,
@@ -57,7 +57,9 @@ class LocalHost(nn.Module):
 
         super().__init__()
         if not (Path(path).expanduser() / "config.json").is_file():
-            raise FileNotFoundError(f"model.path: {path} holds no model (no config.json). recipes/vlm says how to get one.")
+            raise FileNotFoundError(
+                f"model.path: {path} holds no model (no config.json). recipes/vlm says how to get one."
+            )
         if not projector and not lora_rank:
             raise ValueError("Nothing is left to train: set model.projector=true or model.lora_rank above 0.")
         folder = str(Path(path).expanduser())
@@ -89,7 +91,7 @@ class LocalHost(nn.Module):
         """Run the model; see its own documentation."""
         return self.model(**inputs)
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The trained parameters."""
         trained = {name for name, p in self.named_parameters() if p.requires_grad}
         prefix = kwargs.get("prefix", "")
@@ -139,7 +141,7 @@ def projector_of(family: Family, model: Any) -> nn.Module:
     raise TypeError(f"{type(model).__name__} has no projector that is known here. Set model.projector=false, use LoRA.")
 
 
-def _add_lora(text: nn.Module, rank: int, alpha: float, targets: tuple[str, ...]) -> None:
+def _add_lora(text: nn.Module, rank: int, alpha: int, targets: tuple[str, ...]) -> None:
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ModuleNotFoundError as err:

@@ -108,9 +108,7 @@ def messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
     return found
 
 
-def encode(
-    processor: Any, images: Tensor, conversations: Sequence[Sequence[Turn]]
-) -> tuple[dict[str, Tensor], Tensor]:
+def encode(processor: Any, images: Tensor, conversations: Sequence[Sequence[Turn]]) -> tuple[dict[str, Tensor], Tensor]:
     """What a host takes, and labels that are -100 everywhere but on the answers and the token that ends each.
 
     Args:
