@@ -73,8 +73,7 @@ class LocalHost(nn.Module):
         if lora_rank:
             _add_lora(self.family.text_model(self.model), lora_rank, lora_alpha, tuple(lora_targets))
         if gradient_checkpointing:
-            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            self.model.enable_input_require_grads()
+            _checkpoint(self.model)
 
     @property
     def preprocess(self) -> Preprocess:
@@ -139,6 +138,14 @@ def projector_of(family: Family, model: Any) -> nn.Module:
     if isinstance(getattr(family.tower(model), "merger", None), nn.Module):
         return family.tower(model).merger  # type: ignore[no-any-return]
     raise TypeError(f"{type(model).__name__} has no projector that is known here. Set model.projector=false, use LoRA.")
+
+
+def _checkpoint(model: Any) -> None:
+    switch = getattr(model, "activation_checkpointing_enable", None)  # its name from transformers 5.24 on
+    if switch is not None:
+        switch()
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def _add_lora(text: nn.Module, rank: int, alpha: int, targets: tuple[str, ...]) -> None:
