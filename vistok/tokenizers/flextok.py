@@ -56,6 +56,8 @@ class FlexTok(Tokenizer):
         learned_null: Whether the empty condition is a learnt vector.
         head_modulation: Whether time modulates the output layer.
         prediction: What the network gives, see `RectifiedFlow`; `velocity` in all released models.
+        zero_init: Start with silent blocks and heads, as in the official code. If not, gates start at one and heads
+            Xavier-uniform: the tokens then matter from the first step on, which short runs need.
         repa_layer: Block whose patch features a REPA loss reads, counted from 0.
         repa_dim: Width of the REPA teacher; None for no projector (it is used in training alone).
         sampling: How tokens are decoded by default.
@@ -87,6 +89,7 @@ class FlexTok(Tokenizer):
         learned_null: bool = True,
         head_modulation: bool = True,
         prediction: Literal["velocity", "data"] = "velocity",
+        zero_init: bool = True,
         repa_layer: int = 1,
         repa_dim: int | None = None,
         sampling: Sampling | None = None,
@@ -123,7 +126,7 @@ class FlexTok(Tokenizer):
         )
         self.repa_dim = repa_dim
         self.repa = None if repa_dim is None else projector(two.width, repa_dim)
-        initialise(self)
+        initialise(self, zero=zero_init)
 
     def _front(self, vae: Vae | None) -> Any:
         if vae is None:
@@ -328,8 +331,8 @@ def projector(width: int, out: int, ratio: int = 4) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-def initialise(model: FlexTok) -> None:
-    """Xavier-uniform linear layers without bias; both heads and all modulations zero, as in the official code.
+def initialise(model: FlexTok, *, zero: bool = True) -> None:
+    """Xavier-uniform linear layers without bias; with `zero` both heads and all modulations zero, as officially.
 
     The projector stays Xavier-initialised: the official head class zeroes its last layer, where the cosine of the REPA
     loss is undefined.
@@ -338,10 +341,14 @@ def initialise(model: FlexTok) -> None:
     for part in parts:
         for name, layer in part.named_modules():
             if isinstance(layer, nn.Linear):
-                zero = layer in (model.encoder.head, model.decoder.head) or "modulation" in name
-                nn.init.zeros_(layer.weight) if zero else _xavier(layer, name)
+                silent = "modulation" in name or (zero and layer in (model.encoder.head, model.decoder.head))
+                nn.init.zeros_(layer.weight) if silent else _xavier(layer, name)
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
+    if not zero:
+        for block in model.decoder.transformer.blocks:
+            bias = block.modulation[1].bias.detach().unflatten(0, (2, 6, -1))
+            bias[:, :2] = 1  # the gates of both kinds of tokens
 
 
 def _xavier(layer: nn.Linear, name: str) -> None:
