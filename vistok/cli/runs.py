@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -117,17 +117,48 @@ def _print_result(result: EvalResult) -> None:
 
 @bench.command("tokenizer")
 def bench_tokenizer(
-    model: Annotated[str, typer.Option(help="A TiTok preset; its weights are random here.")] = "titok_s128.in1k",
-    batch: Annotated[int, typer.Option(min=1, help="Pictures per batch.")] = 2,
-    rounds: Annotated[int, typer.Option(min=1, help="Timed rounds after one warm-up.")] = 7,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's own number by default.")] = None,
+    model: Annotated[str, typer.Option(help="A TiTok or FlexTok preset; weights are random.")] = "titok_s128.in1k",
+    batch: Annotated[int | None, typer.Option(min=1, help="Pictures per batch; 2, or 8 for FlexTok.")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Timed rounds; 7, or 3 for FlexTok.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's own, or 1 for FlexTok.")] = None,
+    tokens: Annotated[str, typer.Option(help="FlexTok: numbers of tokens, separated by commas.")] = "",
+    steps: Annotated[int | None, typer.Option(min=1, help="FlexTok: sampling steps; 2 by default.")] = None,
     out: Annotated[Path | None, typer.Option(help="JSON file for the result; replaced if it exists.")] = None,
 ) -> None:
-    """Encode and decode against a plain implementation with the same weights."""
+    """Encode and decode, or sample, against a plain implementation with the same weights."""
+    from vistok.evaluate import bench_flow
+
+    given = {"batch": batch, "rounds": rounds, "threads": threads}
+    given = {name: value for name, value in given.items() if value is not None}
+    if bench_flow.takes(model):
+        _write_json(out, _bench_flow(model, files.numbers(tokens or "8,32,64", "--tokens"), steps or 2, given))
+    elif tokens or steps:
+        raise ValueError(f"--tokens and --steps are for FlexTok models, and {model} is none.")
+    else:
+        _write_json(out, _bench_titok(model, given))
+
+
+def _bench_flow(model: str, tokens: Sequence[int], steps: int, given: dict[str, Any]) -> dict[str, Any]:
+    """Time a FlexTok's sampler and print what was found."""
+    from vistok.cli.show import Rows
+    from vistok.evaluate import bench_flow
+
+    result = bench_flow.run(model, tokens=tokens, steps=steps, **given)
+    heads = ("tokens>", "CPU s per batch>", "times as fast as plain>", "as packed>", "largest difference>")
+    Rows(heads, bench_flow.table(result)).print()
+    typer.echo(
+        f"Latents of {result.batch} pictures, {result.steps} steps, guidance {result.guidance:g}, width "
+        f"{result.width}; CPU time of the process, {result.threads} thread(s), without the autoencoder."
+    )
+    return result.to_dict()
+
+
+def _bench_titok(model: str, given: dict[str, Any]) -> dict[str, Any]:
+    """Time a TiTok and print what was found."""
     from vistok.cli.show import Rows
     from vistok.evaluate.bench_tokenizer import run
 
-    result = run(model, batch=batch, rounds=rounds, threads=threads)
+    result = run(model, **given)
     cells = [
         (
             r["operation"],
@@ -144,7 +175,7 @@ def bench_tokenizer(
         f"{result.transformer_share[p]:.0%} of {peak:.0f} GFLOP/s in {p}" for p, peak in result.peak_gflops.items()
     )
     typer.echo(f"Transformer of the encoder reaches {shares}. Ids that bf16 leaves equal: {result.equal_ids:.2%}.")
-    _write_json(out, result.to_dict())
+    return result.to_dict()
 
 
 @bench.command("quantizers")

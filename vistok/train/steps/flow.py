@@ -68,7 +68,7 @@ class Flow(Step):
             teacher = create("loss", **self.repa)
             if dim != teacher.width:
                 raise ValueError(
-                    f"The teacher's features have {teacher.width} channels: set model.repa_dim, now {dim}."
+                    f"The teacher has {teacher.width} channels and model.repa_dim is {dim}: make them equal."
                 )
             self.helpers["repa"] = teacher
         elif dim is not None:
