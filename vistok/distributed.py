@@ -44,6 +44,15 @@ def all_stack(x: Tensor) -> Tensor:
     return torch.stack(parts)
 
 
+def all_objects(x: Any) -> list[Any]:
+    """Python objects of all processes, in their order; [x] for one process."""
+    if world_size() == 1:
+        return [x]
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, x)
+    return found
+
+
 @torch.no_grad()
 def from_first(x: Tensor) -> Tensor:
     """The tensor of process 0, on every process."""

@@ -68,35 +68,51 @@ def evaluate(
     device: Device = "",
     overwrite: Overwrite = False,
 ) -> None:
-    """Measure a tokenizer on pictures, probe its features, or both; write figures with their protocol and a page."""
+    """Measure a tokenizer on pictures, probe its features, or both; write figures with their protocol and a page.
+
+    Under accelerate launch the pictures of --data are shared among the processes, with the same figures.
+    """
     if not data and probe is None:
         raise ValueError("There is nothing to do: give pictures with --data, a labelled folder with --probe, or both.")
     from vistok.image import find_pictures
+    from vistok.train import launch
+
+    launch.start_missing_processes()
 
     asked = {"metrics.json": data, probing.FILE: probe}
     files.refuse_existing([out / name for name, wanted in asked.items() if wanted], overwrite=overwrite)
     found = list(files.collect(files.listed(data), find_pictures))
+    first = True
+    if launch.is_one_of_several():
+        state = launch.join()
+        device, first = str(state.device), state.is_main_process
     tokenizer = load(model, device)
     broken = files.Broken()
     if found:
         names = files.listed(metrics)
         options: dict[str, Any] = {"num_tokens": tokens, "text": caption, "batch": batch, "name": model}
-        broken.reasons |= _measure(tokenizer, found, out, metrics=names, **options)
-    if probe is not None:
+        skipped = _measure(tokenizer, found, out, first=first, metrics=names, **options)
+        broken.reasons |= skipped if first else {}
+    if probe is not None and first:
         broken.reasons |= probing.run(
             tokenizer, probe, out, point=point, pool=pool, num_tokens=tokens, batch=batch, name=model
         )
     broken.finish()
 
 
-def _measure(tokenizer: Tokenizer, found: list[Path], out: Path, **options: Any) -> dict[Path, str]:
-    """Reconstruct and measure; pictures that could not be used, with the reason. See `evaluate.run.evaluate`."""
+def _measure(tokenizer: Tokenizer, found: list[Path], out: Path, *, first: bool, **options: Any) -> dict[Path, str]:
+    """Reconstruct and measure; pictures that could not be used, with the reason. See `evaluate.run.evaluate`.
+
+    Only the first process speaks.
+    """
     from vistok.cli.show import progress
+    from vistok.distributed import world_size
     from vistok.evaluate.run import evaluate as run
 
-    with progress("evaluate", len(found)) as advance:
-        result = run(tokenizer, found, out=out, progress=advance, **options)
-    _print_result(result)
+    with progress("evaluate", -(-len(found) // world_size())) as advance:
+        result = run(tokenizer, found, out=out, progress=advance if first else None, **options)
+    if first:
+        _print_result(result)
     return {Path(path): why for path, why in result.skipped.items()}
 
 

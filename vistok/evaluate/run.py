@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vistok.config import create
+from vistok.distributed import all_objects, rank, world_size
 from vistok.evaluate import protocol, report
 from vistok.evaluate.gallery import Example, Gallery
 from vistok.evaluate.intervals import bootstrap_interval
@@ -85,6 +86,9 @@ def evaluate(
     `reconstructions.png`, `report.html` (self-contained), and `curves.png` if there is a history. Files of an earlier
     evaluation in the same folder are replaced.
 
+    Where torch.distributed is initialised, every process has to call it with the same arguments: each takes its share
+    of the pictures, all get the result, and the first one writes.
+
     Args:
         tokenizer: The model; it is put into eval mode for the time being.
         pictures: Picture files; `tokenizer.preprocess` is applied. Files that cannot be read are skipped and named.
@@ -96,7 +100,7 @@ def evaluate(
         name: What to call the model; its registered name if empty.
         num_tokens: Tokens per picture, for nested tokenizers.
         text: For tokenizers that read captions: one for all pictures, or that of each file.
-        progress: Called with the number of pictures done, after every batch.
+        progress: Called with the number of pictures done in this process, after every batch.
 
     Raises:
         ValueError: No picture could be used, or a metric does not take this size.
@@ -108,16 +112,21 @@ def evaluate(
     was_training = tokenizer.training
     tokenizer.eval()
     try:
-        for files, images in read_batches(pictures, tokenizer.preprocess, batch, broken=broken):
+        for files, images in read_batches(pictures[rank() :: world_size()], tokenizer.preprocess, batch, broken=broken):
             captions = [text.get(file, "") for file in files] if isinstance(text, Mapping) else text
             measured.update(files, images.to(tokenizer.device), num_tokens, captions)
             if progress is not None:
                 progress(len(measured.lines))
     finally:
         tokenizer.train(was_training)
+    broken = {path: why for part in all_objects(broken) for path, why in part.items()}
+    measured.gather()
     if not measured.lines:
         reasons = "; ".join(f"{path.name}: {why}" for path, why in list(broken.items())[:3]) or "the list is empty"
         raise ValueError(f"There is no picture to evaluate on ({reasons}).")
+    result = measured.result({str(path): why for path, why in broken.items()}, _paths(out, bool(history)))
+    if rank() > 0:
+        return result
     used = [path for path in pictures if path not in broken]
     facts = protocol.collect(
         data=protocol.data_facts(str(root), used, root=root),
@@ -127,12 +136,12 @@ def evaluate(
         command_line=command or None,
         settings={
             "batch": batch,
+            "processes": world_size(),
             "num_tokens": num_tokens or tokenizer.num_tokens,
             "precision": _precision(tokenizer),
             **({"text": text if isinstance(text, str) else "a caption per picture"} if text is not None else {}),
         },
     )
-    result = measured.result({str(path): why for path, why in broken.items()}, _paths(out, bool(history)))
     _write(result, measured, facts, report.curves_from_log(_records(history or {})))
     return result
 
@@ -170,6 +179,18 @@ class _Measured:
             name = file.resolve().relative_to(self.root).as_posix()
             self.lines.append({"file": name, **row})
             self.gallery.add(Example.of(name, images[i], rebuilt[i], **row))
+
+    def gather(self) -> None:
+        """Take over what the other processes saw, so that all hold the same; lines in the order of their files."""
+        for metric in (*self.metrics.values(), self.flat):
+            metric.gather()
+        if self.usage is not None:
+            self.usage.gather()
+        others = all_objects((self.lines, self.gallery, self.totals, self.seconds))
+        self.lines = sorted((line for lines, *_ in others for line in lines), key=lambda line: line["file"])
+        self.totals = {key: sum(totals[key] for _, _, totals, _ in others) for key in self.totals}
+        self.seconds = {key: max(seconds[key] for *_, seconds in others) for key in self.seconds}
+        self.gallery = others[0][1].merge(gallery for _, gallery, *_ in others[1:])
 
     def _timed(self, what: str, call: Callable[[], Any]) -> Any:
         wait: Callable[[], Any] = torch.cuda.synchronize if self.tokenizer.device.type == "cuda" else (lambda: None)

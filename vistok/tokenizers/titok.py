@@ -302,12 +302,12 @@ class TwoStageTiTok(TiTokBase):
         Raises:
             ValueError: The proxy has other sizes.
         """
-        codebook = getattr(proxy.quantizer, "embedding", None)
-        if codebook is None:
+        table = getattr(proxy.quantizer, "codes", None)
+        if table is None:
             raise ValueError(
                 f"The proxy has a {proxy.quantizer.registry_name} quantizer; it has to be one with a table of codes."
             )
-        table, own = codebook.weight, self.pixel_codebook.weight
+        own = self.pixel_codebook.weight
         if table.shape != own.shape or proxy.decoder.conv_out.weight.shape != self.pixel_decoder.conv_out.weight.shape:
             raise ValueError(
                 f"The proxy tokenizer has {table.shape[0]} codes of {table.shape[1]} channels and width "

@@ -17,7 +17,7 @@ from vistok.config import ConfigError, create, write_yaml
 from vistok.data.augment import Augment
 from vistok.data.base import Dataset, fingerprint, keyed
 from vistok.data.loader import Loader
-from vistok.train import checkpoint, optim
+from vistok.train import checkpoint, launch, optim, sharding
 from vistok.train.checkpoint import Snapshot
 from vistok.train.ema import EMA
 from vistok.train.guard import Guard
@@ -47,6 +47,7 @@ class Run:
         seconds: Seconds spent on them, over all continuations.
         resumed: Step it was continued at, None for a new run.
         frozen: Parts of the model that stand still.
+        sharded: Whether FSDP holds the model in parts, see `vistok.train.sharding`.
     """
 
     recipe: Recipe
@@ -62,6 +63,7 @@ class Run:
     seconds: float = 0.0
     resumed: int | None = None
     frozen: list[nn.Module] = field(default_factory=list)
+    sharded: bool = False
 
     def train_mode(self) -> None:
         """Put the model into training mode, and what `train.freeze` names into evaluation mode."""
@@ -97,6 +99,8 @@ def start(recipe: Recipe) -> Run:
     config = recipe.train
     found = _find(recipe)
     accelerator = _accelerator(recipe)
+    sharded = sharding.switch_on(accelerator)
+    _refuse_unsharded(recipe, sharded)
     dataset = create("dataset", **recipe.data)
     torch.manual_seed(config.seed)
     task: Step = create("step", **config.step)
@@ -105,7 +109,6 @@ def start(recipe: Recipe) -> Run:
     optimizers = {name: recipe.optims[name].build(module) for name, module in task.trained.items()}
     bare = dict(task.trained)
     loader = _loader(recipe, dataset, bare[task.parts[0]], accelerator)
-    ema = EMA(bare[task.parts[0]].to(accelerator.device), config.ema) if config.ema else None
     run = Run(
         recipe=recipe,
         accelerator=accelerator,
@@ -114,12 +117,16 @@ def start(recipe: Recipe) -> Run:
         optimizers=optimizers,
         loader=loader,
         data_id=fingerprint(dataset),
-        ema=ema,
+        ema=None,
         guard=Guard(config.max_bad_steps),
         frozen=frozen,
+        sharded=sharded,
     )
     run.train_mode()
+    if found is not None:
+        _load_modules(run, found)
     _prepare(run)
+    run.ema = EMA(run.model, config.ema) if config.ema else None
     if found is not None:
         _continue(run, found)
     if accelerator.is_main_process:
@@ -129,12 +136,13 @@ def start(recipe: Recipe) -> Run:
 
 
 def snapshot(run: Run) -> Snapshot:
-    """Everything of a run, to be saved."""
+    """Everything of a run, to be saved by the first process; every process has to call it."""
     from vistok.evaluate.protocol import git_commit, versions
 
-    modules = {name: module.state_dict() for name, module in run.bare.items()}
+    keep = run.accelerator.is_main_process
+    modules = {name: sharding.gather(module.state_dict(), keep=keep) for name, module in run.bare.items()}
     if run.ema is not None:
-        modules["ema"] = run.ema.state_dict()
+        modules["ema"] = sharding.gather(run.ema.state_dict(), keep=keep)
     facts = {
         "seconds": run.seconds,
         "ema_updates": run.ema.updates if run.ema else 0,
@@ -147,7 +155,7 @@ def snapshot(run: Run) -> Snapshot:
     return Snapshot(
         step=run.step,
         modules=modules,
-        optimizers={name: optimizer.state_dict() for name, optimizer in run.optimizers.items()},
+        optimizers={name: sharding.gather(o.state_dict(), keep=keep) for name, o in run.optimizers.items()},
         extra=run.task.state(),
         facts=facts,
         recipe=run.recipe.resolved(),
@@ -205,19 +213,14 @@ def _find(recipe: Recipe) -> Snapshot | None:
 
 def _accelerator(recipe: Recipe) -> Accelerator:
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, PartialState
-    from accelerate.utils import (
-        DistributedDataParallelKwargs,
-        DistributedType,
-        ProjectConfiguration,
-        parse_flag_from_env,
-    )
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedDataParallelKwargs, DistributedType, ProjectConfiguration
 
     from vistok.train.recipe import step_class
 
     config = recipe.train
     AcceleratorState._reset_state()  # a second run in one Python process may use another precision
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
+    state = launch.join()
     unused = step_class(config.step).unused_parameters
     folder = ProjectConfiguration(project_dir=str(config.out), logging_dir=str(config.out))
     accelerator = Accelerator(
@@ -226,14 +229,26 @@ def _accelerator(recipe: Recipe) -> Accelerator:
         project_config=folder,
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)],
     )
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ConfigError(
-            f"Accelerate is configured for {accelerator.distributed_type.value}; vistok trains with plain data "
-            f"parallelism. Start it with accelerate launch --multi_gpu, or change the configuration."
+            f"Accelerate is configured for {accelerator.distributed_type.value}; vistok trains with data parallelism "
+            f"or FSDP. Start it with accelerate launch --multi_gpu or --use_fsdp, or change the configuration."
         )
     accelerator.gradient_accumulation_steps = accumulation(config, accelerator.num_processes)
     accelerator.init_trackers("tensorboard")
     return accelerator
+
+
+def _refuse_unsharded(recipe: Recipe, sharded: bool) -> None:
+    """Refuse what FSDP cannot do: it has the weights whole only inside the model's own forward pass."""
+    refused = {
+        "train.compile": recipe.train.compile,
+        "train.step.adaptive": bool(recipe.train.step.get("adaptive")),
+        "optim.name=muon": any(optim.name_of(o) == "muon" for o in recipe.optims.values()),
+    }
+    named = [key for key, given in refused.items() if given and sharded]
+    if named:
+        raise ConfigError(f"{', '.join(named)}: not together with FSDP. Leave it out, or start without --use_fsdp.")
 
 
 def accumulation(config: TrainConfig, processes: int) -> int:
@@ -252,7 +267,20 @@ def _model(recipe: Recipe, task: Step) -> nn.Module:
         import vistok
 
         model.start_from(vistok.load(config.init_from), config.init_from)
+    if config.gradient_checkpointing:
+        _checkpoint_activations(model)
     return model
+
+
+def _checkpoint_activations(model: nn.Module) -> None:
+    stacks = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
+    if not stacks:
+        raise ConfigError(
+            f"train.gradient_checkpointing: {type(model).__name__} has no transformer to recompute. Leave it out, and "
+            f"lower train.batch to save memory."
+        )
+    for stack in stacks:
+        stack.gradient_checkpointing = True
 
 
 def _loader(recipe: Recipe, dataset: Dataset, model: nn.Module, accelerator: Accelerator) -> Loader:
@@ -294,16 +322,21 @@ def _prepare(run: Run) -> None:
     if run.recipe.train.compile:
         run.model.compile()
     task.helpers.to(accelerator.device)
+    if run.sharded:
+        task.probe = None  # its gradient is not to be had: weights are whole only inside the forward pass
+        task.trained, run.optimizers = sharding.prepare(
+            accelerator, task.trained, run.optimizers, unused=task.unused_parameters
+        )
+        return
     names = list(task.trained)
     prepared = accelerator.prepare(*task.trained.values(), *run.optimizers.values())
     task.trained = dict(zip(names, prepared[: len(names)]))
     run.optimizers = dict(zip(run.optimizers, prepared[len(names) :]))
 
 
-def _continue(run: Run, found: Snapshot) -> None:
-    """Put a snapshot into a freshly built run."""
-    facts: Mapping[str, Any] = found.facts
-    if facts["data"] != run.data_id and run.recipe.train.resume != "anyway":
+def _load_modules(run: Run, found: Snapshot) -> None:
+    """Put a snapshot's weights into freshly built modules, before they are wrapped or cut."""
+    if found.facts["data"] != run.data_id and run.recipe.train.resume != "anyway":
         raise ConfigError(
             f"data: the data set is not the one that {run.out} was trained on (files were added, removed or renamed). "
             f"Choose another train.out, or continue anyway with train.resume=anyway."
@@ -313,7 +346,13 @@ def _continue(run: Run, found: Snapshot) -> None:
         if name not in found.modules:
             raise ConfigError(f"{source} has no {name}. Start anew in another train.out, with train.init_from.")
         hub.load_strictly(module, found.modules[name], source)
-        run.optimizers[name].load_state_dict(dict(found.optimizers[name]))
+
+
+def _continue(run: Run, found: Snapshot) -> None:
+    """Put the rest of a snapshot into a prepared run."""
+    facts: Mapping[str, Any] = found.facts
+    for name, optimizer in run.optimizers.items():
+        sharding.load_optimizer(optimizer, found.optimizers[name])
     if run.ema is not None and "ema" in found.modules:
         run.ema.load_state_dict(found.modules["ema"], facts["ema_updates"])
     run.task.load_state(found.extra)

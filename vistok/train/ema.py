@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from vistok.train.sharding import cut_like
+
 
 class EMA:
     """Averaged parameters of a module.
@@ -17,7 +19,7 @@ class EMA:
     module's own.
 
     Args:
-        module: The module, unwrapped.
+        module: The module, unwrapped; its parameters may be sharded, the averages then are, too.
         decay: The decay it ends with.
     """
 
@@ -59,5 +61,5 @@ class EMA:
     def load_state_dict(self, state: Mapping[str, Tensor], updates: int) -> None:
         """Take back the averages and the number of updates so far."""
         for name, value in self.average.items():
-            value.copy_(state[name])
+            value.copy_(cut_like(state[name], value))
         self.updates = updates

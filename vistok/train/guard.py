@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vistok.train.sharding import local
+
 
 class Diverged(RuntimeError):
     """Too many non-finite steps in a row; the message names what was not finite."""
@@ -75,7 +77,7 @@ def find_cause(losses: Mapping[str, Tensor], module: nn.Module) -> str:
     if bad:
         return "loss " + ", ".join(bad)
     named = [(n, p.grad) for n, p in module.named_parameters() if p.grad is not None]
-    grads = [name for name, grad in named if not torch.isfinite(grad).all()]
+    grads = [name for name, grad in named if not torch.isfinite(local(grad)).all()]
     if grads:
         return (
             f"the losses are finite, the gradients of {len(grads)} of {len(named)} tensors are not (first: {grads[0]})"

@@ -6,6 +6,10 @@ import os
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from accelerate.state import PartialState
 
 LAUNCHED = ("WORLD_SIZE", "LOCAL_RANK", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 """Variables by which a process knows that it is one of several."""
@@ -16,7 +20,7 @@ def start_missing_processes(module: str = "vistok") -> None:
 
     Without MPI, Accelerate starts a single process for this command, whatever N is (its issue 2741). This process then
     replaces itself by `torchrun --nproc_per_node N` with the same arguments. In every other case nothing happens. The
-    command line calls it before anything else of `vistok train`.
+    command line calls it before anything else of `vistok train` and `vistok eval`.
 
     Args:
         module: Module to run in each process.
@@ -35,6 +39,20 @@ def start_missing_processes(module: str = "vistok") -> None:
     elif count > 1:
         runner = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count), "-m", module]
         os.execv(sys.executable, [sys.executable, *runner, *sys.argv[1:]])
+
+
+def join() -> PartialState:
+    """Join the other processes, if there are any: Accelerate's state, with the device and the rank of this one."""
+    import torch
+    from accelerate.state import PartialState
+    from accelerate.utils import parse_flag_from_env
+
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
+
+
+def is_one_of_several() -> bool:
+    """Whether a launcher (accelerate, torchrun) started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def is_lonely(environment: Mapping[str, str]) -> bool:

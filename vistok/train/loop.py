@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vistok.data.base import Batch
-from vistok.train import build, checkpoint, optim, outcome
+from vistok.train import build, checkpoint, optim, outcome, sharding
 from vistok.train.build import Run
 from vistok.train.guard import StopSignal, find_cause
 from vistok.train.log import Log, Means, gradient_norms
@@ -106,7 +106,7 @@ def _update(run: Run, part: Part, seen: list[dict[str, Tensor]]) -> bool:
     accelerator, module, optimizer = run.accelerator, run.bare[part.name], run.optimizers[part.name]
     clip = run.recipe.optims[part.name].clip
     trained = [p for p in module.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in trained])
+    norm = sharding.whole(torch.nn.utils.get_total_norm([p.grad for p in trained]))
     good = torch.isfinite(norm) & torch.isfinite(part.loss.detach())
     if accelerator.num_processes > 1:  # one process's bad batch must be skipped by all
         good = accelerator.reduce(good.float(), "mean") == 1
@@ -163,10 +163,10 @@ def _save(run: Run) -> int:
     Raises:
         CheckpointError: On every process, if the first one could not write.
     """
-    error = ""
+    error, snapshot = "", build.snapshot(run)
     if run.accelerator.is_main_process:
         try:
-            checkpoint.save(run.out, build.snapshot(run), keep=run.recipe.train.keep)
+            checkpoint.save(run.out, snapshot, keep=run.recipe.train.keep)
         except checkpoint.CheckpointError as err:
             error = str(err)
     if run.accelerator.num_processes > 1:

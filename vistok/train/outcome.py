@@ -6,11 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from torch import nn
+
+from vistok import hub
 from vistok.config import create
 from vistok.data.base import captions_of, files_of
-from vistok.train import checkpoint
+from vistok.train import checkpoint, sharding
 from vistok.train.build import Run
 from vistok.train.log import METRICS, Log, clock, history
 
@@ -47,7 +50,7 @@ def greeting(run: Run) -> str:
     count = sum(p.numel() for p in run.model.parameters())
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     frozen = "" if trained == count else f" ({trained / 1e6:.2f} M trained)"
-    where = f"{accelerator.num_processes} x {accelerator.device.type}"
+    where = f"{accelerator.num_processes} x {accelerator.device.type}{', sharded' * run.sharded}"
     precision = "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
     begins = "" if run.resumed is None else f", continued at step {run.resumed}"
     pictures = len(run.loader.reader.dataset)
@@ -58,52 +61,66 @@ def greeting(run: Run) -> str:
 
 
 def evaluate(run: Run, folder: Path, command: str) -> dict[str, float]:
-    """Figures of the averaged weights on the held-out pictures, and the report in `folder` (first process)."""
+    """Figures of the averaged weights on the held-out pictures; the first process writes the report into `folder`.
+
+    The pictures are shared among the processes: all of them have to call it.
+    """
     config = run.recipe.eval
     if config.data is None:
         return {}
-    figures: dict[str, float] = {}
-    if run.accelerator.is_main_process:
-        from vistok.evaluate import run as evaluation
+    from vistok.evaluate import run as evaluation
 
-        dataset = create("dataset", **config.data)
-        pictures = files_of(dataset)
-        assert pictures is not None
-        reads_text = "text" in getattr(run.model, "options", ())
-        with final_weights(run):
-            result = evaluation.evaluate(
-                run.model,
-                pictures,
-                metrics=config.metrics,
-                out=folder,
-                batch=config.batch,
-                command=command,
-                text=captions_of(dataset) if reads_text else None,
-                history=history(run.out / METRICS),
-            )
-        figures = {**result.figures, **result.baselines}
+    dataset = create("dataset", **config.data)
+    pictures = files_of(dataset)
+    assert pictures is not None
+    reads_text = "text" in getattr(run.model, "options", ())
+    with final_model(run) as model:
+        result = evaluation.evaluate(
+            model,
+            pictures,
+            metrics=config.metrics,
+            out=folder,
+            batch=config.batch,
+            command=command,
+            text=captions_of(dataset) if reads_text else None,
+            history=history(run.out / METRICS),
+        )
     run.accelerator.wait_for_everyone()
-    return figures
+    return {**result.figures, **result.baselines}
 
 
 @contextmanager
-def final_weights(run: Run) -> Iterator[None]:
-    """The model in eval mode with its averaged weights."""
+def final_model(run: Run) -> Iterator[Any]:
+    """The model in eval mode with its averaged weights, of a sharded one a whole copy.
+
+    Every process has to call it.
+    """
+    if run.sharded:
+        yield _whole_copy(run)
+        return
     with run.ema.applied() if run.ema is not None else nullcontext():
         run.model.eval()
         try:
-            yield
+            yield run.model
         finally:
             run.train_mode()
+
+
+def _whole_copy(run: Run) -> nn.Module:
+    model: nn.Module = create(run.task.model_kind, **run.recipe.model)
+    averages = run.ema.state_dict() if run.ema is not None else {}
+    state = sharding.gather({**run.model.state_dict(), **averages}, keep=True)
+    hub.load_strictly(model, state, f"The run in {run.out}")
+    return model.to(run.accelerator.device).eval()
 
 
 def finish(run: Run, log: Log, reason: Reason, signal: str, command: str) -> TrainResult:
     """Save the model, evaluate it, and say what was written."""
     figures: dict[str, float] = {}
     if reason != "signal":
-        if run.accelerator.is_main_process:
-            with final_weights(run):
-                run.model.save_pretrained(run.out / run.task.model_kind)
+        with final_model(run) as model:
+            if run.accelerator.is_main_process:
+                model.save_pretrained(run.out / run.task.model_kind)
         figures = evaluate(run, run.out / EVALUATION, command)
     files = written(run.out, run.task.model_kind)
     result = TrainResult(
