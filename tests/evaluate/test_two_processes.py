@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +13,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import vistok
+from tests.evaluate.test_run import Cells
 from tests.fill import image
 from vistok.evaluate.fid import FeatureStatistics, Moments, frechet_distance
+from vistok.evaluate.run import EvalResult, evaluate
 from vistok.evaluate.usage import CodebookUsage
 
 METRICS = ("psnr", "ssim", "lpips_alex")
@@ -55,20 +58,65 @@ def everything() -> tuple[torch.Tensor, ...]:
     return x, y, torch.randint(16, (5, 7), generator=generator), torch.rand(4, 3, generator=generator)
 
 
-def work(rank: int, folder: str) -> None:
+def run(pictures: list[Path], out: Path, batch: int) -> EvalResult:
+    """The whole evaluation; the last picture is broken."""
+    return evaluate(Cells(), pictures, metrics=("psnr", "ssim"), out=out, batch=batch, command="same")
+
+
+def broken(folder: Path) -> Path:
+    (folder / "broken.jpg").write_text("no picture")
+    return folder / "broken.jpg"
+
+
+def work(rank: int, folder: str, pictures: list[Path]) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     torch.set_num_threads(1)
     x, y, ids, logits = everything()
     rows = slice(0, 2) if rank == 0 else slice(2, 5)  # unequal shares: the sums must not care
     found = figures(x[rows], y[rows], ids[rows], logits[2 * rank : 2 * rank + 2])
     torch.save(found, Path(folder) / f"{rank}.pt")
+    run(pictures, Path(folder) / "two", batch=2)
     dist.destroy_process_group()
 
 
-@pytest.mark.dist
-def test_two_processes_give_the_figures_of_one(tmp_path):
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory, photos: list[Path]) -> Path:
+    """What two processes left behind."""
+    folder = tmp_path_factory.mktemp("two")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    mp.spawn(work, args=(str(tmp_path),), nprocs=2)
+    mp.spawn(work, args=(str(folder), [*photos[:5], broken(folder)]), nprocs=2)
+    return folder
+
+
+@pytest.mark.dist
+def test_two_processes_give_the_figures_of_one(two: Path) -> None:
     alone = figures(*everything())
     for rank in range(2):
-        assert torch.load(tmp_path / f"{rank}.pt") == pytest.approx(alone, rel=1e-6)
+        assert torch.load(two / f"{rank}.pt") == pytest.approx(alone, rel=1e-6)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("batch", [1, 5])
+def test_an_evaluation_does_not_depend_on_processes_and_batches(
+    two: Path, photos: list[Path], tmp_path: Path, batch: int
+) -> None:
+    run([*photos[:5], two / "broken.jpg"], tmp_path, batch)
+    found, alone = (json.loads((f / "metrics.json").read_text()) for f in (two / "two", tmp_path))
+    assert (found["protocol"]["settings"].pop("processes"), alone["protocol"]["settings"].pop("processes")) == (2, 1)
+    for facts in (found, alone):
+        del facts["speed"], facts["protocol"]["settings"]["batch"]
+    for key in ("figures", "baselines", "usage", "rate"):
+        assert found.pop(key) == pytest.approx(alone.pop(key), abs=5e-4)
+    for metric, interval in found.pop("intervals").items():
+        assert interval == pytest.approx(alone["intervals"][metric], abs=5e-4)
+    del alone["intervals"]
+    assert found == alone
+    rows = [
+        [json.loads(line) for line in (f / "pictures.jsonl").read_text().splitlines()] for f in (two / "two", tmp_path)
+    ]
+    assert [row["file"] for row in rows[0]] == [row["file"] for row in rows[1]]
+    names = [
+        [line for line in (f / "report.html").read_text().splitlines() if "<figcaption" in line]
+        for f in (two / "two", tmp_path)
+    ]
+    assert names[0] == names[1]
