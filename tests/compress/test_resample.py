@@ -59,9 +59,7 @@ def test_tokenpacker_matches_the_official_module(golden, name):
     head = projector(x.shape[-1], case["hidden"])
     state = _official(case, TOKENPACKER)
     net.load_state_dict({k: v for k, v in state.items() if not k.startswith("projector.")})
-    head.load_state_dict(
-        {k.removeprefix("projector."): v for k, v in state.items() if k.startswith("projector.")}
-    )
+    head.load_state_dict({k.removeprefix("projector."): v for k, v in state.items() if k.startswith("projector.")})
     out = head(net(x, multi, _grid(x.shape[1])))
     torch.testing.assert_close(out, ref[f"tokenpacker/{name}"], atol=2e-5, rtol=2e-5)
 

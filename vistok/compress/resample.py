@@ -58,7 +58,8 @@ class WindowAttention(nn.Module):
             for x, weight, bias in parts
         )  # (B M, heads, 1 or n, C / heads)
         out = F.scaled_dot_product_attention(q, k, v)  # (B M, heads, 1, C / heads)
-        return self.out_proj(out.flatten(1).unflatten(0, query.shape[:2]))
+        found: Tensor = self.out_proj(out.flatten(1).unflatten(0, query.shape[:2]))
+        return found
 
 
 def _two_layers(in_dim: int, dim: int) -> list[nn.Module]:
@@ -75,6 +76,7 @@ class Compressor(nn.Module):
 
     window: int
     text_dim: int | None = None
+    attn: WindowAttention
 
     def forward(self, features: Tensor, levels: Tensor, grid: tuple[int, ...], text: Tensor | None = None) -> Tensor:
         """Compress a batch of grids.
@@ -132,7 +134,8 @@ class QueCCCompressor(Compressor):
         maps = self.query(features).transpose(1, 2).unflatten(2, grid)  # (B, C, h, w)
         query = self.downsample(maps).flatten(2).transpose(1, 2)  # (B, M, C)
         key, value = (to_windows(layer(levels), grid, self.window) for layer in (self.key, self.value))
-        return self.attn(query, key, value)
+        out: Tensor = self.attn(query, key, value)
+        return out
 
 
 class TokenPackerCompressor(Compressor):
@@ -166,10 +169,10 @@ class TokenPackerCompressor(Compressor):
         small = F.interpolate(maps, out_grid(grid, self.window), mode="bilinear").to(features.dtype)
         query = self.query(small.flatten(2).transpose(1, 2))  # (B, M, C)
         key, value = (to_windows(layer(levels), grid, self.window) for layer in (self.key, self.value))
-        return self.attn(query, key, value)
+        out: Tensor = self.attn(query, key, value)
+        return out
 
 
 def projector(dim: int, out_dim: int) -> nn.Sequential:
     """LLaVA's projector behind a compressor, (B, M, C) -> (B, M, D)."""
     return nn.Sequential(*_two_layers(dim, out_dim))
-
