@@ -57,7 +57,8 @@ def evaluate(
         Path | None, typer.Option(help="Folder whose sub-folders are classes: k-NN and linear probe of the features.")
     ] = None,
     point: Annotated[
-        str, typer.Option(help="Where to probe: features (before the quantizer), codes, or a submodule's path.")
+        str,
+        typer.Option(help="Where to probe: features (before the quantizer), codes, published, a submodule's path."),
     ] = "features",
     pool: Annotated[
         probing.Pool, typer.Option(help="Features of a picture: mean over tokens, or all of them.")

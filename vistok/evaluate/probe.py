@@ -162,7 +162,8 @@ def probe(
         train: Labelled pictures to learn from.
         test: Labelled pictures of the same classes.
         point: `features` (before the quantizer), `codes` (behind it), or the path of a submodule, e.g.
-            `encoder.transformer.blocks.3`; its output is (B, N, D), (B, D) or (B, C, h, w).
+            `encoder.transformer.blocks.3`; its output is (B, N, D), (B, D) or (B, C, h, w). `published`: where the
+            tokenizer's authors probe it (`probe_point`).
         pool: `mean` over positions, or `flat`: all of them side by side.
         num_tokens: Use only this many tokens (nested tokenizers, point `codes`).
         neighbours: Largest number of neighbours.
@@ -177,6 +178,7 @@ def probe(
         ValueError: Pictures without labels, different classes in the two sets, none that can be read, no such point,
             or one without a number of positions common to all pictures while `pool` is `flat`.
     """
+    point = tokenizer.probe_point if point == "published" else point
     names = _class_names(train, test)
     reader = _Reader(tokenizer, point, pool, num_tokens, batch, progress or (lambda done: None))
     was_training = tokenizer.training

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -43,9 +42,11 @@ class Repa(FrozenLoss):
     pixels; how large a picture it saw was not published, a third party's trainer feeds 224 pixels and interpolates.
 
     Args:
-        teacher: Size of the DINOv2 (timm's `vit_*_patch14_dinov2`).
-        image_size: Side at which the teacher sees the picture, a multiple of 14.
+        teacher: Size of the DINOv2 (timm's `vit_*_patch14_dinov2`), or the name of another vision transformer of timm,
+            which needs `weights`.
+        image_size: Side at which the teacher sees the picture, a multiple of its patches (14 for DINOv2).
         grid: Side of the common grid.
+        antialias: Low-pass the picture before it is shrunk (REPA's and GigaTok's code do not).
         weights: File of the teacher's weights; None looks for asset `dinov2_vits14`, `_vitb14` or `_vitl14`, see
             `vistok.assets.find`.
 
@@ -62,35 +63,45 @@ class Repa(FrozenLoss):
     def __init__(
         self,
         *,
-        teacher: Literal["small", "base", "large"] = "large",
+        teacher: str = "large",
         image_size: int = 518,
         grid: int = 37,
+        antialias: bool = True,
         weights: Path | None = None,
     ) -> None:
         import timm
 
         super().__init__()
-        if image_size < PATCH or image_size % PATCH or grid < 1:
-            raise ValueError(f"image_size is a multiple of {PATCH} and grid positive, got {image_size} and {grid}.")
-        path = assets.find(f"dinov2_{_NAMES[teacher]}", weights)
-        name = f"vit_{teacher}_patch14_dinov2"
+        name = f"vit_{teacher}_patch14_dinov2" if teacher in _NAMES else teacher
+        if teacher not in _NAMES and (weights is None or not timm.is_model(name)):
+            raise ValueError(
+                f"teacher is one of {', '.join(_NAMES)}, or a vision transformer of timm with its file as `weights`; "
+                f"got {teacher!r} and {weights}."
+            )
+        path = weights if teacher not in _NAMES else assets.find(f"dinov2_{_NAMES[teacher]}", weights)
+        self.patch = PATCH if teacher in _NAMES else _patch(name)
+        if image_size < self.patch or image_size % self.patch or grid < 1:
+            raise ValueError(
+                f"image_size is a multiple of {self.patch} and grid positive, got {image_size} and {grid}."
+            )
         self.vit = timm.create_model(name, pretrained=False, num_classes=0, img_size=image_size)
         _load(self.vit, assets.read_tensors(path), path)
         self.width: int = self.vit.num_features
-        self.image_size, self.grid = image_size, grid
-        mean, std = torch.tensor(MEAN).view(1, 3, 1, 1), torch.tensor(STD).view(1, 3, 1, 1)
+        self.image_size, self.grid, self.antialias = image_size, grid, antialias
+        moments = (self.vit.pretrained_cfg.get(key) for key in ("mean", "std"))
+        mean, std = (torch.tensor(m or d).view(1, 3, 1, 1) for m, d in zip(moments, (MEAN, STD)))
         self.register_buffer("scale", 1 / std)
         self.register_buffer("shift", mean)
         freeze(self)
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        """Pictures in [0, 1], (B, 3, H, W) -> normalised patch features (B, h, w, width), h = w = image_size / 14."""
+        """Pictures in [0, 1], (B, 3, H, W) -> normalised patch features (B, h, w, width)."""
         size = (self.image_size, self.image_size)
         if images.shape[-2:] != size:
-            images = F.interpolate(images, size=size, mode="bicubic", antialias=True)
+            images = F.interpolate(images, size=size, mode="bicubic", antialias=self.antialias)
         tokens = self.vit.forward_features((images - self.shift) * self.scale)
-        side = self.image_size // PATCH
+        side = self.image_size // self.patch
         return tokens[:, self.vit.num_prefix_tokens :].unflatten(1, (side, side))
 
     def forward(self, features: Tensor, images: Tensor) -> Tensor:
@@ -113,6 +124,21 @@ class Repa(FrozenLoss):
             )
         own, target = (_resized(x.float(), self.grid) for x in (features, self.features(images)))
         return -F.cosine_similarity(own, target, dim=1).flatten(1).mean(1)
+
+
+def _patch(name: str) -> int:
+    """Side of the patches of a vision transformer of timm.
+
+    Raises:
+        ValueError: It has none.
+    """
+    import timm
+
+    with torch.device("meta"):
+        embed = getattr(timm.create_model(name, pretrained=False, num_classes=0), "patch_embed", None)
+    if embed is None:
+        raise ValueError(f"{name!r} is no vision transformer: it has no patches.")
+    return int(embed.patch_size[0])
 
 
 def _resized(x: Tensor, side: int) -> Tensor:

@@ -7,7 +7,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -56,10 +56,12 @@ class Tokenizer(Sized):
         preprocess: How pictures become its input.
         quantizer: The quantizer.
         num_tokens: Tokens per picture of the preprocessed size, K.
+        probe_point: Where its authors probe it for classes, see `vistok.evaluate.probe`.
     """
 
     nested: bool = False
     num_tokens: int
+    probe_point: ClassVar[str] = "features"
 
     # -- what a subclass implements ------------------------------------------------------------------------------
 

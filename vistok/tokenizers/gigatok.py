@@ -152,6 +152,7 @@ class GigaTokBase(Tokenizer):
     """
 
     decoder_parts = ("code_proj", "to_map", "decoder", "semantic")
+    probe_point = "to_tokens.norm_post"
     to_tokens: nn.Module
     to_map: nn.Module
 

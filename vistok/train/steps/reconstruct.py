@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from vistok.data.base import Batch
 from vistok.registry import nearest, register
+from vistok.tokenizers.base import TokenizerOutput
 from vistok.train.steps.base import LengthsPer, Losses, Part, Step, quantizer_stats, tokenizer_options
 
 
@@ -58,10 +59,10 @@ class Reconstruct(Step):
     def run(self, batch: Batch, step: int, generator: torch.Generator) -> Iterator[Part]:
         """One part, `model`. See `Step.run`."""
         options = tokenizer_options(self.bare, batch, step, self.lengths, self.caption_dropout)
-        out = self.trained["model"](batch.images, generator=generator, **options)
+        out = self.trained["model"](batch.images, generator=generator, **options, **self.model_options(step))
         self.rebuilt = out.images.float()
         losses: Losses = self.helpers["losses"]  # type: ignore[assignment]
-        terms: dict[str, Tensor] = losses(self.rebuilt, batch.images, step)
+        terms = {**losses(self.rebuilt, batch.images, step), **self.more_terms(out, batch, step)}
         weights = {name: losses.weight(name, step) for name in terms}
         stats: dict[str, Tensor] = {}
         if out.quantized is not None:
@@ -69,3 +70,11 @@ class Reconstruct(Step):
             weights["quantizer"] = losses.weight("quantizer", step)
         total = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
         yield Part("model", total, terms, stats, weights)
+
+    def model_options(self, step: int) -> dict[str, Any]:
+        """What this objective asks of the model's `forward` at a step; nothing here."""
+        return {}
+
+    def more_terms(self, out: TokenizerOutput, batch: Batch, step: int) -> dict[str, Tensor]:
+        """Losses of this objective on something else than the reconstruction, named in `own_losses`; none here."""
+        return {}
