@@ -253,6 +253,33 @@ def bench_vlm(
     _write_json(out, result)
 
 
+@bench.command("vit")
+def bench_vit(
+    models: Annotated[
+        str, typer.Option(help="Models of timm, separated by commas.")
+    ] = "vit_small_patch16_224,vit_base_patch16_224",
+    method: Annotated[
+        str, typer.Option(help="Registered methods, separated by commas; ToMe at r = 8, 13, 16 and others by default.")
+    ] = "",
+    batch: Annotated[int, typer.Option(min=1, help="Pictures per forward.")] = 8,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed rounds after one warm-up.")] = 7,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads; processor time says most with one.")] = 1,
+    selections: Annotated[
+        bool, typer.Option("--selections", help="Also selections behind a CLIP-L/336 tower on five tiles.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="JSON file for the result; replaced if it exists.")] = None,
+) -> None:
+    """Vision transformers with random weights, with and without reduction inside them: processor and wall time."""
+    from vistok.evaluate import bench_vit as module
+
+    settings = [{"name": name} for name in files.listed(method)] or module.SETTINGS
+    result = module.run(
+        files.listed(models), settings=settings, batch=batch, rounds=rounds, threads=threads, selections=selections
+    )
+    typer.echo(module.table(result))
+    _write_json(out, result.to_dict())
+
+
 def _write_json(path: Path | None, content: Mapping[str, Any]) -> None:
     if path is not None:
         import json

@@ -1,4 +1,4 @@
-"""`vistok bench vit`: what reduction inside a vision transformer saves, beside the same model without it, in one run."""
+"""`vistok bench vit`: what reduction inside a vision transformer saves, beside the same model without it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from vistok.evaluate import bench_selections
 
 MODELS = ("vit_small_patch16_224", "vit_base_patch16_224")
 SETTINGS: tuple[dict[str, Any], ...] = (
@@ -59,6 +61,7 @@ def run(
     rounds: int = 7,
     threads: int | None = 1,
     device: str = "cpu",
+    selections: bool = False,
 ) -> VitBench:
     """Time methods against the plain model, with random weights.
 
@@ -69,6 +72,7 @@ def run(
         rounds: Timed rounds after one warm-up.
         threads: CPU threads; torch's own number if None. Process time adds up threads: compare it with one.
         device: Where to run.
+        selections: Time selections behind a CLIP-L tower as well.
 
     Raises:
         ValueError: A setting without a name.
@@ -79,7 +83,9 @@ def run(
         torch.set_num_threads(threads)
     rows = [row for model in models for row in _model_rows(model, settings, batch, rounds, device)]
     name = (platform.processor() or platform.machine()) if device == "cpu" else torch.cuda.get_device_name(device)
-    return VitBench(device=name, threads=torch.get_num_threads(), batch=batch, rounds=rounds, rows=rows)
+    behind = bench_selections.run() if selections else []
+    threads = torch.get_num_threads()
+    return VitBench(device=name, threads=threads, batch=batch, rounds=rounds, rows=rows, selections=behind)
 
 
 def _model_rows(
