@@ -21,7 +21,9 @@ from vistok.cli import run
 
 REPOSITORY = Path(__file__).parents[1]
 PAGES = ("README.md", "recipes/README.md")
-TABLE = re.compile(r"<!-- (?P<what>vistok list [^\n]*?|recipes) -->\n(?P<table>.*?)<!-- end -->", re.DOTALL)
+TABLE = re.compile(
+    r"<!-- (?P<what>vistok list [^\n]*?|recipes|tiny results) -->\n(?P<table>.*?)<!-- end -->", re.DOTALL
+)
 
 
 def recipes() -> str:
@@ -32,6 +34,13 @@ def recipes() -> str:
         name = path.relative_to(folder).as_posix()
         rows.append(f"| [{name}]({name}) | {path.read_text().splitlines()[0].lstrip('# ')} |")
     return "\n".join(rows) + "\n"
+
+
+def tiny_results() -> str:
+    """The comparison of the small recipes, from the stored results."""
+    from recipes.compare_tiny import stored, table
+
+    return table(stored())
 
 
 def printed(command: str) -> str:
@@ -46,7 +55,8 @@ def filled(page: str) -> str:
 
     def table(match: re.Match[str]) -> str:
         what = match["what"]
-        return f"<!-- {what} -->\n{recipes() if what == 'recipes' else printed(what)}<!-- end -->"
+        made = recipes() if what == "recipes" else tiny_results() if what == "tiny results" else printed(what)
+        return f"<!-- {what} -->\n{made}<!-- end -->"
 
     return TABLE.sub(table, page)
 

@@ -129,6 +129,30 @@ class NonSaturatingGan(GanLoss):
         return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
 
 
+@register("loss", "magvit_gan")
+class MagvitGan(HingeGan):
+    """Open-MAGVIT2's and WeTok's pairing: hinge for the discriminator, softplus of a picture's mean logit for the rest.
+
+    From the released code (arXiv 2409.04410, 2508.05599). Its LeCAM differs from TiTok's: the running means are updated
+    before they are used, and the squares are those of single logits, not of their batch mean.
+
+    Args:
+        lecam: Weight of the LeCAM term, 0.05 in WeTok's configurations; 0 switches it off.
+        lecam_decay: Decay of its running means.
+    """
+
+    def generator(self, fake: Tensor) -> Tensor:
+        """softplus(-D), D the mean logit of a picture: (B, ...) -> (B,)."""
+        return F.softplus(-fake.float().flatten(1).mean(1))
+
+    def _lecam(self, real: Tensor, fake: Tensor) -> Tensor:
+        with torch.no_grad():
+            real_now, fake_now = mean_with_local_gradient(real.mean()), mean_with_local_gradient(fake.mean())
+            self.real_mean = torch.lerp(real_now, self.real_mean, self.lecam_decay)
+            self.fake_mean = torch.lerp(fake_now, self.fake_mean, self.lecam_decay)
+        return F.relu(real - self.fake_mean).square().mean() + F.relu(self.real_mean - fake).square().mean()
+
+
 def r1_penalty(discriminator: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     """R1 (Mescheder et al., arXiv 1801.04406, eq. 9): squared gradient of the logits at originals, per picture.
 
