@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vistok.compress.merge import merge_windows, window_similarity, windows
-from vistok.compress.reduction import Reduction, pack
+from vistok.compress.reduction import Reduction, from_dense, pack
 
 
 def selection() -> Reduction:
@@ -127,3 +127,15 @@ def test_merged_windows_take_their_middle_in_raster_order():
     found = merge_windows(window_similarity(x, members), members, 36, 1, raster=True)
     assert found.index[0].tolist() == sorted(found.index[0].tolist())
     assert members[0][4] in found.index[0] and members[0][0] not in found.index[0]
+
+
+def test_a_map_of_many_contributions_equals_its_matrix():
+    matrix = torch.rand(12, 20).masked_fill(torch.rand(12, 20) < 0.2, 0.0)
+    found = from_dense(torch.arange(12), matrix)
+    assert found.links is not None and found.links.shape[2] > 8
+    x = torch.randn(1, 20, 5)
+    torch.testing.assert_close(found.dense()[0], matrix)
+    torch.testing.assert_close(found.apply(x)[0], matrix @ x[0], atol=1e-6, rtol=0)
+    assert found.apply(x.bfloat16()).dtype == torch.bfloat16
+    empty = from_dense(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4))
+    assert empty.apply(torch.randn(1, 4, 3)).shape == (1, 0, 3)

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+WIDE = 8
+"""Contributions per input beyond which a map is applied as a matrix: copies of the input cost more."""
+
 
 def take(x: Tensor, index: Tensor) -> Tensor:
     """Rows of x by position: x (B, N, ...), index (B, M) -> (B, M, ...)."""
@@ -57,6 +60,8 @@ class Reduction:
         assert self.weights is not None
         if self.moved is not None:
             return self._apply_moved(x, self.moved)
+        if self.links.shape[2] > WIDE:
+            return (self.dense() @ x.float()).to(x.dtype)
         batch = self.links.shape[0]
         slots = self.index.shape[1]
         source = (x.unsqueeze(2) * self.weights.unsqueeze(-1).to(x.dtype)).reshape(batch, -1, x.shape[-1])

@@ -269,9 +269,19 @@ def _outputs(runtime: Runtime, image: Image, reduction: Reduction) -> Tensor:
     if image.tower is None or not method.merges:
         return reduction.apply(features.unsqueeze(0))[0]
     tower = image.tower if image.class_token is None else torch.cat([image.tower, image.class_token])
-    projected = family.project(runtime.model, reduction.apply(tower.unsqueeze(0))[0])
-    newline = torch.zeros(len(tower), dtype=torch.bool, device=features.device)
-    newline[torch.cat([block.newlines for block in image.blocks]).to(features.device)] = True
-    index = reduction.index[0]
+    index, touched = reduction.index[0], _touched(reduction, len(features))
+    merged = reduction.apply(tower.unsqueeze(0))[0][touched]
     plain = features[index.clamp_max(len(features) - 1)]
-    return torch.where(newline[index].unsqueeze(-1), plain, projected.to(features.dtype))
+    if len(touched) == 0:
+        return plain
+    return plain.index_put((touched,), family.project(runtime.model, merged).to(features.dtype))
+
+
+def _touched(reduction: Reduction, tokens: int) -> Tensor:
+    """Numbers of the outputs that are no copies of a token (newlines are): several inputs, weighed, or the class's."""
+    links, weights = (t[0].flatten() for t in reduction.as_links())
+    index, real = reduction.index[0], links >= 0
+    parts = torch.bincount(links[real], minlength=len(index))
+    odd = torch.zeros(len(index), dtype=torch.bool, device=index.device)
+    odd[links[real & (weights != 1)]] = True
+    return torch.where(odd | (parts != 1) | (index >= tokens))[0]
