@@ -11,7 +11,7 @@ import torch
 
 from tests.plugins import hosts, zoo
 from vistok.compress.budget import Budget
-from vistok.compress.signals import Signals
+from vistok.compress.signals import Level, Signals
 from vistok.plugins.attach import attach
 from vistok.plugins.features import encode
 from vistok.registry import list_names, registry
@@ -311,8 +311,79 @@ def test_vqtoken_reads_the_published_attention(tmp_path):
         features = prepared["mm_encoder_outputs"]["video"].pooler_output[0]
         assert len(features) == max(2, clusters) + 1
         assert int((prepared["input_ids"] == zoo.VIDEO).sum()) == len(features)
-    with pytest.raises(ValueError, match="reference=True alone"):
+    with pytest.raises(KeyError, match="No CodebookAttention"):
         attach(found.model, "vqtoken", weights=path)
+    wide = str(tmp_path / "wide.safetensors")
+    save_file(VQAttention(9, 32, heads=8, inner=16).state_dict(), wide)
+    attached = attach(found.model, "vqtoken", keep=3, reference=True, weights=wide)
+    with attached, pytest.raises(ValueError, match="frames of 9 tokens"):
+        attached.prepare(inputs)
+
+
+def test_vqtoken_mixes_as_the_paper_prints_it(tmp_path):
+    from safetensors.torch import save_file
+
+    from vistok.compress.hash_attention import CodebookAttention
+
+    found = host("qwen2_vl")
+    inputs = found.prompt([(5, [("video", 2)])])
+    module = CodebookAttention(32, heads=2, grid=(2, 2, 2)).eval()
+    path = str(tmp_path / "paper.safetensors")
+    save_file(module.state_dict(), path)
+    with attach(found.model, "vqtoken", keep=3) as plugin:
+        means = plugin.prepare(inputs)["mm_encoder_outputs"]["video"].pooler_output[0]
+    with attach(found.model, "vqtoken", keep=3, weights=path, heads=2) as plugin:
+        mixed = plugin.prepare(inputs)["mm_encoder_outputs"]["video"].pooler_output[0]
+        image = plugin.family.encode(found.model, inputs)["video"].pooler_output[0]
+    assert mixed.shape == means.shape == (3, 32)
+    similar = torch.nn.functional.normalize(image, dim=-1) @ torch.nn.functional.normalize(means, dim=-1).T
+    grid = inputs["video_grid_thw"][0] // torch.tensor([1, 2, 2])
+    expected = module(similar.argmax(1).view(1, *grid.tolist()), means[None])[0]
+    torch.testing.assert_close(mixed, expected, atol=1e-5, rtol=0)
+    narrow = str(tmp_path / "narrow.safetensors")
+    save_file(CodebookAttention(16, heads=2, grid=(2, 2, 2)).state_dict(), narrow)
+    attached = attach(found.model, "vqtoken", keep=3, weights=narrow, heads=2)
+    with attached, pytest.raises(ValueError, match="16 wide"):
+        attached.prepare(inputs)
+
+
+def test_a_class_token_among_the_features_is_refused_by_what_reads_the_tower():
+    model = hosts.llava()
+    model.config.vision_feature_select_strategy = "full"
+    inputs = hosts.llava_inputs((1,))
+    with attach(model, "fastervlm", keep=4) as plugin, pytest.raises(TypeError, match="patches alone"):
+        plugin.prepare(inputs)
+
+
+@pytest.mark.parametrize("name", ["visionzip", "globalcom2", "prumerge", "vqtoken"])
+def test_what_became_of_the_tokens_can_be_painted(name):
+    found = host("llava_next")
+    with attach(found.model, name, keep=0.3) as plugin:
+        logits_of(found.model, found.prompt([(1, [("image", 1)])]))
+        assert plugin.show(torch.rand(3, 112, 56)).size == (56, 112)
+        assert plugin.report().flops < plugin.report().flops_without
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 13])
+@pytest.mark.parametrize("name", ALL)
+def test_pictures_of_very_few_tokens(name, n):
+    generator = torch.Generator().manual_seed(n)
+    level = Level(cls_row=torch.rand(n, generator=generator), keys=torch.randn(n, 2, 4, generator=generator))
+    seen = Signals(
+        features=torch.randn(n, 8, generator=generator),
+        grid=(n, 1, 1) if name == "frame_merge" else (n, 1),
+        cls_row=level.cls_row,
+        keys=level.keys,
+        levels=(level, level),
+    )
+    builder = registry("method").resolve(name)[1]
+    for keep in (1, 2, 0.5, *([None] if name in ADAPTIVE else [])):
+        method = builder(keep=keep)
+        count = None if keep is None else method.count(n)
+        (found,) = method.compress_image([seen], count)
+        assert found.apply(seen.features[None]).isfinite().all()
+        assert 1 <= found.index.shape[1] <= n
+        assert count is None or name == "vqtoken" or found.index.shape[1] == count
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ class VQAttention(nn.Module):
 
     def __init__(self, cells: int, width: int, *, heads: int = 8, inner: int = 2048, layers: int = 1) -> None:
         super().__init__()
+        self.width = width
         layer = nn.TransformerDecoderLayer(width, heads, inner, dropout=0.1, activation="relu", batch_first=True)
         self.transformer_decoder = nn.TransformerDecoder(layer, layers)
         self.to_q_proj = nn.Linear(cells, width)
@@ -68,11 +69,14 @@ class CodebookAttention(nn.Module):
             since values come from the map alone.
     """
 
+    grid: Tensor
+
     def __init__(
         self, width: int, *, heads: int = 8, grid: tuple[int, int, int] = (8, 6, 6), residual: bool = True
     ) -> None:
         super().__init__()
-        self.grid = grid
+        self.width = width
+        self.register_buffer("grid", torch.tensor(grid))
         cells = grid[0] * grid[1] * grid[2]
         self.value = nn.Sequential(nn.Linear(cells, width), nn.GELU(), nn.Linear(width, width))
         self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
@@ -89,7 +93,8 @@ class CodebookAttention(nn.Module):
             (B, K, D).
         """
         occupied = F.one_hot(hash_map, means.shape[1]).movedim(-1, 1).to(means.dtype)  # (B, K, T, h, w)
-        value = self.value(F.adaptive_avg_pool3d(occupied, self.grid).flatten(2))
+        frames, rows, cols = self.grid.tolist()
+        value = self.value(F.adaptive_avg_pool3d(occupied, (frames, rows, cols)).flatten(2))
         mixed: Tensor = self.attention(means, means, value, need_weights=False)[0]
         return mixed if self.norm is None else self.norm(means + mixed)
 
@@ -118,4 +123,23 @@ def load_vq_attention(state: dict[str, Tensor], heads: int = 8) -> VQAttention:
     with torch.device("meta"):
         module = VQAttention(cells, width, heads=heads, inner=inner, layers=layers)
     module.load_state_dict(state, assign=True)
+    return module.eval()
+
+
+def load_codebook_attention(state: dict[str, Tensor], heads: int = 8) -> CodebookAttention:
+    """A `CodebookAttention` from its state dict; sizes and grid are read off it.
+
+    Args:
+        state: Tensors.
+        heads: Attention heads, which no shape tells.
+
+    Raises:
+        KeyError: It is not one.
+    """
+    if "grid" not in state or "value.0.weight" not in state:
+        raise KeyError(f"No CodebookAttention in these weights: grid is missing (there is {sorted(state)[:4]}).")
+    frames, rows, cols = state["grid"].tolist()
+    width = state["value.0.weight"].shape[0]
+    module = CodebookAttention(width, heads=heads, grid=(frames, rows, cols), residual="norm.weight" in state)
+    module.load_state_dict(state)
     return module.eval()

@@ -115,6 +115,13 @@ def _add_signals(
 ) -> None:
     levels = reader.levels(kwargs, modality)
     tower = reader.tower_tokens(kwargs, modality) if reader.method.at == "tower" else None
+    laid_out = [len(row[0]) for row, _ in levels if row] + ([] if tower is None else [len(tower[0])])
+    if images and any(n != len(images[0].features) for n in laid_out):
+        raise TypeError(
+            f"The tower speaks of {laid_out[0]} tokens of the first picture and its features are "
+            f"{len(images[0].features)}: {type(reader.method).__name__} needs patches alone to go to the projector. "
+            'Set vision_feature_select_strategy to "default", or use a method that looks at features alone.'
+        )
     for i, image in enumerate(images):
         image.levels = [(row[i], None if keys is None else keys[i]) for row, keys in levels]
         image.tower = None if tower is None else tower[i]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vistok.compress.budget import Budget
 from vistok.compress.greedy import unit
-from vistok.compress.hash_attention import load_vq_attention
+from vistok.compress.hash_attention import CodebookAttention, VQAttention, load_codebook_attention, load_vq_attention
 from vistok.compress.kmeans import (
     Clusters,
     Rule,
@@ -42,11 +42,12 @@ class VQToken(FeatureMethod):
         adaptive: Rule that chooses, see `kmeans.choose_clusters`.
         max_clusters: The most that the rule may choose.
         seed: Of the first centroids (k-means++).
-        weights: Safetensors file with the VQ-attention of the published checkpoint, for `reference` alone; without,
-            cluster means go to the language model as they are, as in the released configuration.
+        weights: Safetensors file of a VQ-attention that follows the clustering: under `reference` that of the published
+            checkpoint, else a `hash_attention.CodebookAttention`, the paper's form. Without, cluster means go to the
+            language model as they are, as in the released configuration.
+        heads: Attention heads of that module.
         reference: As released: clips alone, means of tokens of unit length (so their lengths are lost), zero rows for
-            empty clusters, the order of the clusters, the elbow with its offset, positions counted anew. The paper's
-            form of the attention is `hash_attention.CodebookAttention`.
+            empty clusters, the order of the clusters, the elbow with its offset, positions counted anew.
     """
 
     merges = True
@@ -60,16 +61,15 @@ class VQToken(FeatureMethod):
         max_clusters: int = 32,
         seed: int = 0,
         weights: str | None = None,
+        heads: int = 8,
         reference: bool = False,
     ) -> None:
         super().__init__(keep=keep, reference=reference)
         if max_clusters < 1:
             raise ValueError(f"max_clusters={max_clusters}: at least 1.")
-        if weights is not None and not reference:
-            raise ValueError("weights are those of the released attention, which goes with reference=True alone.")
         self.adaptive: Rule = "elbow_reference" if reference and adaptive == "elbow" else adaptive
-        self.max_clusters, self.seed, self.weights = max_clusters, seed, weights
-        self._attention = None if weights is None else load_vq_attention(_read(weights))
+        self.max_clusters, self.seed, self.weights, self.heads = max_clusters, seed, weights, heads
+        self._attention = None if weights is None else _load(weights, heads, released=reference)
 
     @property
     def modalities(self) -> frozenset[str]:  # type: ignore[override]
@@ -86,17 +86,19 @@ class VQToken(FeatureMethod):
         x = unit(signals.features).unsqueeze(0)
         found = self._clusters(x, count)
         labels, counts = found.labels[0], found.counts[0]
-        if not self.reference and bool((counts == 0).any()):
-            labels = ((counts > 0).cumsum(0) - 1)[labels]
-            counts = counts[counts > 0]
+        place = torch.arange(signals.length, device=x.device)
+        first = torch.full_like(counts, signals.length).scatter_reduce(0, labels, place, "amin")
+        if not self.reference:  # no empty clusters, numbered as they appear
+            order = first.argsort()[: int((counts > 0).sum())]
+            labels = torch.empty_like(counts).scatter(0, order, torch.arange(len(order), device=x.device))[labels]
+            first, counts = first[order], counts[order]
         length = signals.features.float().norm(dim=-1).clamp_min(1e-12)
         weights = 1 / (length * counts[labels])
         if not self.reference:
             total = torch.zeros(len(counts), device=x.device).index_add(0, labels, length)
             weights = weights * (total / counts)[labels]
-        place = torch.arange(signals.length, device=x.device)
-        first = torch.full_like(counts, signals.length - 1).scatter_reduce(0, labels, place, "amin")
-        return Reduction(first[None], counts[None], signals.length, labels.view(1, -1, 1), weights.view(1, -1, 1))
+        index = first.clamp_max(signals.length - 1)
+        return Reduction(index[None], counts[None], signals.length, labels.view(1, -1, 1), weights.view(1, -1, 1))
 
     def _clusters(self, x: Tensor, count: int | None) -> Clusters:
         def init(clusters: int) -> Tensor:
@@ -115,23 +117,32 @@ class VQToken(FeatureMethod):
         return runs[min(max(chosen, tried[0]), tried[-1]) - tried[0]][0]
 
     def mix(self, tokens: Tensor, reduction: Reduction, signals: Signals) -> Tensor:
-        """The released VQ-attention, if its weights were given: max(frames, clusters) rows."""
+        """The VQ-attention, if its weights were given: max(frames, clusters) rows as released, else one a cluster."""
         if self._attention is None:
             return tokens
-        t = self.grid_of(signals.grid, signals.length)[0] if len(signals.grid or ()) == 3 else 1
-        hash_map = reduction.labels().view(1, t, -1)
-        cells = self._attention.to_q_proj.in_features
-        if hash_map.shape[2] != cells:
-            raise ValueError(
-                f"This VQ-attention reads frames of {cells} tokens, and the host gives {hash_map.shape[2]}. Leave out "
-                "weights, or use the host the checkpoint was trained with."
-            )
+        grid = self.grid_of(signals.grid, signals.length)
+        hash_map = reduction.labels().view(1, *([1] if len(grid) == 2 else []), *grid)
         module = self._attention.to(tokens.device, tokens.dtype)
+        width = module.width
+        if width != tokens.shape[1]:
+            raise ValueError(
+                f"This VQ-attention is {width} wide and the host's features {tokens.shape[1]}. Leave out weights, or "
+                "use the host they were trained with."
+            )
+        if isinstance(module, VQAttention):
+            hash_map = hash_map.flatten(2)
+            cells = module.to_q_proj.in_features
+            if hash_map.shape[2] != cells:
+                raise ValueError(
+                    f"This VQ-attention reads frames of {cells} tokens, and the host gives {hash_map.shape[2]}. Leave "
+                    "out weights, or use the host they were trained with."
+                )
         mixed: Tensor = module(hash_map, tokens.unsqueeze(0))[0]
         return mixed
 
 
-def _read(path: str) -> dict[str, Tensor]:
+def _load(path: str, heads: int, *, released: bool) -> VQAttention | CodebookAttention:
     from safetensors.torch import load_file
 
-    return load_file(path)
+    state = load_file(path)
+    return load_vq_attention(state, heads) if released else load_codebook_attention(state, heads)
