@@ -160,7 +160,8 @@ def main() -> None:
     if not args.untrained:
         from safetensors.torch import load_file
 
-        table = {k: v.float() for k, v in load_file(args.projector).items()}
+        prefix = "model.multi_modal_projector."  # as `vistok train` names it in trained.safetensors
+        table = {k.removeprefix(prefix): v.float() for k, v in load_file(args.projector).items()}
         model.model.multi_modal_projector.load_state_dict(table)
     model.to(torch.bfloat16).save_pretrained(args.dir)
     processor.save_pretrained(args.dir)

@@ -143,7 +143,9 @@ def emulate(model: Any, inputs: dict[str, Any], plugin_call: Any, tokens: Tensor
         def hide(module: Any, args: Any, kwargs: Any, allowed: Tensor = allowed) -> Any:
             full = allowed
             if model.config._attn_implementation == "eager":
-                full = torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)
+                full = torch.zeros(allowed.shape, dtype=model.dtype).masked_fill(
+                    ~allowed, torch.finfo(torch.float32).min
+                )
             return args, {**kwargs, "attention_mask": full}
 
         handles.append(layer.register_forward_pre_hook(hide, with_kwargs=True))

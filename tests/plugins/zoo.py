@@ -33,10 +33,10 @@ class Host:
 
     video = False
 
-    def __init__(self, attn: str = "sdpa") -> None:
+    def __init__(self, attn: str = "sdpa", dtype: torch.dtype = torch.float32) -> None:
         config = self.config()
         config._attn_implementation = attn
-        self.model: Any = sharpen(self.host_class()(config))
+        self.model: Any = sharpen(self.host_class()(config)).to(dtype)
         self.family = family_of(self.model)
 
     def config(self) -> Any:
@@ -60,7 +60,9 @@ class Host:
     def prompt(self, samples: list[tuple[int, Sample]]) -> dict[str, Any]:
         """A batch; every sample has a seed for its text."""
         items = [item for _, sample in samples for item in sample]
-        pixels = self.pixels(items) if items else {}
+        dtype = self.model.dtype
+        given = self.pixels(items) if items else {}
+        pixels = {k: v.to(dtype) if v.is_floating_point() else v for k, v in given.items()}
         sizes = {
             kind: [len(f) for f in self.family.features(self.model, out)]
             for kind, out in self.family.encode(self.model, pixels).items()

@@ -54,7 +54,7 @@ class SceneBench:
         data: What the scenes are (split, drawings, seed, size).
         image_tokens: Tokens of a picture without compression.
         chance: Share that guessing among the possible answers of each question would get right.
-        constant: Share that the most frequent answer to each kind of question gets right.
+        constant: Share that the most frequent answer to each kind of question gets right (`what` by category).
         rows: One per method and budget, the plain model first: method, keep, image_left, accuracy with its 95 %
             interval (low, high; Wilson), accuracy by kind of question, inside (share of the tokens that reach the
             last layer whose patch lies in the evidence boxes), prefill_ms (one picture, median), peak_bytes and
@@ -82,7 +82,7 @@ def run(
     keep: Sequence[float | int] = BUDGETS,
     scenes: Scenes | None = None,
     questions: int = 120,
-    batch: int = 8,
+    batch: int = 16,
     rounds: int = 5,
     threads: int | None = None,
     clock: Literal["wall", "process"] = "wall",
@@ -123,10 +123,10 @@ def run(
         rows.append(_row(model, processor, setting, items, data.size, batch, rounds, now))
         if progress is not None:
             progress(done)
-    kinds: dict[str, list[str]] = {}
-    for item in items:
-        kinds.setdefault(item.question.text.split(" of ")[0], []).append(item.question.answer)
-    constant = sum(max(map(answers.count, answers)) for answers in kinds.values()) / len(items)
+    answers: dict[str, list[str]] = {}
+    for q in (item.question for item in items):
+        answers.setdefault(q.text if q.kind == "what" else q.kind, []).append(q.answer)
+    constant = sum(max(map(said.count, said)) for said in answers.values()) / len(items)
     return SceneBench(
         model=name,
         questions=len(items),
@@ -297,7 +297,7 @@ def caption(result: SceneBench) -> str:
     asked = f"{result.questions} questions about {result.scenes} scenes ({result.data})"
     return (
         f"{asked}, {result.image_tokens} image tokens each. Guessing among the possible answers gets "
-        f"{result.chance:.1%}, always the most frequent answer to a question {result.constant:.1%}."
+        f"{result.chance:.1%}, always the most frequent answer to a kind of question {result.constant:.1%}."
     )
 
 
