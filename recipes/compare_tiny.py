@@ -5,7 +5,7 @@
     python recipes/compare_tiny.py table                  # prints the table of recipes/README.md
 
 Results are kept in recipes/tiny_results.json. A recipe takes part if it is called tiny*.yaml, learns pixels, and
-measures PSNR, SSIM and LPIPS on colour pictures of 64 px. Where one needs others (a proxy, a first stage), the steps are
+measures PSNR, SSIM and LPIPS on colour pictures of 64 px. Where one needs others (a proxy, a stage), the steps are
 shared out evenly among all of them. Models, losses and rates are those of the recipes.
 """
 

@@ -119,8 +119,9 @@ class DepthVQVAE(Tokenizer):
             raise ValueError(f"image_size {height}x{width} is not a multiple of {downsample_ratio}.")
         self.factor = downsample_ratio
         self.preprocess = Preprocess(size=(height, width), crop="squash", resample="nearest", channels=1)
-        self.num_tokens = (height // self.factor) * (width // self.factor)
         self.quantizer: Quantizer = create("quantizer", **quantizer)
+        grid = self.grid_for((height, width))
+        self.num_tokens = self.quantizer.num_ids(grid[0] * grid[1], grid)
         widths = [hidden_dim * 2**i for i in range(levels)]
         self.encoder = _encoder(widths, self.quantizer.in_dim, num_resnet_blocks, residual)
         self.decoder = _decoder(widths, self.quantizer.dim, num_resnet_blocks, residual)
