@@ -7,6 +7,7 @@ v = dx/dt = noise - data. A network trained with the opposite sign or direction 
 from __future__ import annotations
 
 from vistok.flow.guidance import APG, CFG, DualCFG, Guidance
+from vistok.flow.head import FlowHead
 from vistok.flow.rectified import RectifiedFlow
 from vistok.flow.samplers import (
     SAMPLERS,
@@ -29,6 +30,7 @@ __all__ = [
     "DualCFG",
     "EulerMaruyamaSampler",
     "EulerSampler",
+    "FlowHead",
     "Guidance",
     "HeunSampler",
     "MidpointSampler",
