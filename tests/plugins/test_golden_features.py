@@ -11,6 +11,7 @@ import torch
 from tests.fill import fill
 from tests.fill import image as blocky
 from tests.plugins import hosts
+from vistok.compress.methods.prumerge import outlier_ratio
 from vistok.plugins.attach import attach
 from vistok.plugins.reader import TowerReader
 
@@ -78,6 +79,15 @@ def test_prumerge_gives_the_official_features(golden, run):
     off = ((found[..., :16] - expected).abs() > 5e-5).any(-1)
     assert int(off.sum()) <= found.shape[0]  # a neighbour at the edge of the 32 may fall either way
     torch.testing.assert_close(found[..., :16], expected, atol=1e-2, rtol=0)
+
+
+def test_released_prumerge_takes_one_share_for_a_batch(golden):
+    setting = golden("prumerge").meta["runs"]["fixed"]
+    model = tower_host(setting["clip"])
+    inputs = prompt(model, 2, setting["image_seed"])
+    found = compressed(model, inputs, "prumerge", keep=None)
+    rows = golden("prumerge")["fixed/cls_attn"]
+    assert found.shape[1] == int(rows.shape[1] * outlier_ratio(rows)) + 1
 
 
 def test_the_tower_gives_globalcom2s_logits(golden):

@@ -292,6 +292,9 @@ class FeatureMethod(Method):
         lengths = [part.length for part in parts]
         return share_out(count, lengths, lengths, least=1)
 
+    def survey(self, rows: Sequence[Tensor]) -> None:
+        """Under `reference`: the class token's attention in all images of a batch, for what is decided batch-wide."""
+
     def compress_image(self, parts: Sequence[Signals], count: int | None) -> list[Reduction]:
         """Reduce the parts of one image (grids, or crops under `per_crop`).
 

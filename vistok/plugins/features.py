@@ -67,6 +67,8 @@ def compress(runtime: Runtime, kwargs: dict[str, Any], masks: dict[str, Tensor])
     for modality, (output, images) in encode(runtime, kwargs, masks).items():
         if "text" in method.wanted():
             _add_text(runtime, kwargs, masks, modality, images)
+        if method.reference:
+            method.survey([image.levels[-1][0] for image in images if image.levels])
         entries[modality] = [compress_image(runtime, image, modality) for image in images]
         sizes[modality] = [sum(block.length + len(block.newlines) for block in image.blocks) for image in images]
         if modality == "image":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -38,8 +39,7 @@ class PruMerge(FeatureMethod):
         neighbours: Tokens folded into each kept one.
         merge: False is the selection alone.
         reference: As released, for hosts of one grid per picture: int(N * share) tokens *plus* the sum, in the order
-            of attention, positions counted anew. The released code takes one share for the whole batch
-            (`outlier_ratio`); a plug-in looks at pictures one by one.
+            of attention, positions counted anew; the share of outliers is that of the whole batch.
     """
 
     needs = frozenset({"cls_row", "keys"})
@@ -64,6 +64,7 @@ class PruMerge(FeatureMethod):
         if reference and not merge:
             raise ValueError("The released code merges: leave out merge=False, or reference=True.")
         self.neighbours, self.merges = neighbours, merge
+        self._share: float | None = None
 
     def wanted(self) -> frozenset[str]:
         """The released order makes sense without newlines only."""
@@ -73,6 +74,10 @@ class PruMerge(FeatureMethod):
     def in_order(self) -> bool:
         """Released: by attention, the sum last."""
         return not self.reference
+
+    def survey(self, rows: Sequence[Tensor]) -> None:
+        """The released code decides on one share for a batch."""
+        self._share = outlier_ratio(torch.cat(list(rows))) if rows and self.keep is None else None
 
     def compress(self, signals: Signals, count: int | None) -> Reduction:
         """Kept tokens with their neighbours, and the sum of the rest."""
@@ -88,8 +93,9 @@ class PruMerge(FeatureMethod):
 
     def _number(self, row: Tensor, count: int | None) -> int:
         if count is None:
-            above = int((row > upper_fence(row)).sum())
-            return max(1, int(len(row) * (above / len(row))) if self.reference else above)
+            if self.reference:
+                return max(1, int(len(row) * (outlier_ratio(row) if self._share is None else self._share)))
+            return max(1, int((row > upper_fence(row)).sum()))
         return count if self.reference or not self.merges else max(1, count - 1)
 
     def _merged(self, signals: Signals, kept: Tensor, left: Tensor, *, summed: bool) -> Reduction:
