@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -20,8 +21,15 @@ def list_registered(
     pattern: Annotated[str, typer.Argument(help="Shell pattern, e.g. 'titok*'.")] = "*",
     pretrained: Annotated[bool, typer.Option("--pretrained", help="Only names with published weights.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown tables.")] = False,
+    costs: Annotated[
+        Path | None,
+        typer.Option(help="Of methods: what they ask for and cost; a file of vistok bench methods."),
+    ] = None,
 ) -> None:
     """List what is registered."""
+    if costs is not None:
+        _list_methods(costs, markdown=markdown)
+        return
     if kind and kind not in KINDS:
         if not any(c in kind for c in "*?["):
             raise KeyError(f"No registry kind named {kind!r}. {nearest(kind, KINDS)} For a pattern write '*'.")
@@ -36,6 +44,14 @@ def list_registered(
             typer.echo(rows.markdown())
         else:
             rows.print(title=one if len(kinds) > 1 else "")
+
+
+def _list_methods(costs: Path, *, markdown: bool) -> None:
+    from vistok.cli.show import Rows
+    from vistok.evaluate.bench_methods import table as methods
+
+    rows = Rows(*methods(costs))
+    typer.echo(rows.markdown()) if markdown else rows.print()
 
 
 def info(

@@ -280,6 +280,20 @@ def bench_vit(
     _write_json(out, result.to_dict())
 
 
+@bench.command("methods")
+def bench_methods(
+    out: Annotated[Path, typer.Option(help="JSON file for the result; replaced if it exists.")],
+    keep: Annotated[float, typer.Option(help="Share of image tokens that stay.")] = 1 / 3,
+) -> None:
+    """Count the FLOPs of a prompt with every method; `vistok list method --costs FILE` shows them."""
+    from vistok.evaluate import bench_methods as module
+
+    result = module.measure(keep=keep)
+    for name, row in result["methods"].items():
+        typer.echo(f"{name:20}" + (f"{row['flops']:.1%}" if "flops" in row else row["refused"]))
+    _write_json(out, result)
+
+
 def _write_json(path: Path | None, content: Mapping[str, Any]) -> None:
     if path is not None:
         import json

@@ -55,8 +55,10 @@ class Method:
     Attributes:
         stages: Where the method acts.
         merges: It merges tokens (else it only selects).
-        needs: What a `features` method wants to know: a subset of pixels, grid, keys, cls_row, levels, text, crops (how
-            the crops of a picture lie), class_token, one_grid (pictures of one grid, without newlines).
+        needs: What it wants to know. Of a `features` method a subset of pixels, grid, keys, cls_row, levels, text,
+            crops (how the crops of a picture lie), class_token, one_grid (pictures of one grid, without newlines); of
+            a `vision` method keys, cls_row, attention.
+        trained: It has weights of its own that have to be trained or loaded.
         per_head: A `decode` method that evicts per key/value head.
         reference: Published behaviour instead of the defaults.
         renumber: Positions are counted anew after a cut; otherwise tokens keep theirs.
@@ -67,6 +69,7 @@ class Method:
     stages: ClassVar[frozenset[Stage]] = frozenset()
     merges: bool = False
     needs: ClassVar[frozenset[str]] = frozenset()
+    trained: ClassVar[bool] = False
     per_head: bool = False
     reference: bool = False
     direction: Direction = "signed"
