@@ -249,6 +249,22 @@ def test_options_that_do_not_fit_are_one_line(
     assert expected in failed(capsys, command, nested, pictures, "--out", tmp_path / "out", *options)
 
 
+def test_captions_go_in_and_along(capsys: Any, pictures: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = vistok.create("tokenizer", "ta_titok_tiny").eval().save_pretrained(tmp_path / "model")
+    cat = pictures / "cat.jpg"
+    ran(capsys, "encode", model, cat, "--out", tmp_path / "ids", "--caption", "a red cat")
+    ran(capsys, "decode", model, tmp_path / "ids", "--out", tmp_path / "along")
+    ran(capsys, "decode", model, tmp_path / "ids", "--out", tmp_path / "none", "--caption", "")
+    ran(capsys, "reconstruct", model, cat, "--out", tmp_path / "both", "--caption", "a red cat")
+    ran(capsys, "reconstruct", model, cat, "--out", tmp_path / "plain")
+    found = {name: (tmp_path / name / "cat.png").read_bytes() for name in ("along", "none", "both", "plain")}
+    assert found["along"] == found["both"] != found["none"] == found["plain"]
+    ran(capsys, "eval", model, "--data", cat, "--metrics", "psnr", "--caption", "a dog", "--out", tmp_path / "eval")
+    facts = json.loads((tmp_path / "eval" / "metrics.json").read_text())
+    assert facts["protocol"]["settings"]["text"] == "a dog"
+
+
 # -- eval, train, bench --------------------------------------------------------------------------------------------
 
 

@@ -177,6 +177,15 @@ def test_submodules_of_encoder_and_decoder_are_points(folder, point):
         assert found.tokens > 1 and found.pictures == {"train": 6, "test": 6}
 
 
+def test_published_point_is_where_the_authors_look(folder):
+    tok = vistok.create("tokenizer", "gigatok_tiny")
+    sets = labelled_folder(folder)
+    found, named = (probe(tok, *sets, point=point, limit=6) for point in ("published", "to_tokens.norm_post"))
+    assert (found.linear, found.knn) == (named.linear, named.knn)
+    assert found.to_dict()["protocol"]["settings"]["point"] == "to_tokens.norm_post"
+    assert vistok.create("tokenizer", "titok_tiny").probe_point == "features"
+
+
 def test_unknown_point_names_the_nearest(folder):
     with pytest.raises(ValueError, match="'encodr' is neither 'features', 'codes' nor a submodule. Did you mean 'enc"):
         probe(vistok.create("tokenizer", "titok_tiny"), *labelled_folder(folder), point="encodr")

@@ -112,13 +112,16 @@ class Layout:
     curve: Tensor
 
 
-def lay_out(size: tuple[int, int], num_tokens: int, quantizer: Quantizer, scaling: Scaling) -> Layout:
+def lay_out(
+    size: tuple[int, int], num_tokens: int, quantizer: Quantizer, scaling: Scaling, *, nested: bool = False
+) -> Layout:
     """Rank the coefficients by expected power and hand them to tokens and channels.
 
     The K strongest make the first band, the next K the second, and so on; every token gets one of each band.
     `channel`: the first band goes to the channel that loses least (`calibrate`), and every coefficient is scaled to
     spread 1. `token`: bands are shuffled so that all tokens have about the same product of expected powers (each band's
-    strongest goes to the token that is weakest so far), and a token is scaled as a whole to length 1.
+    strongest goes to the token that is weakest so far), and a token is scaled as a whole to length 1. With `nested` the
+    first tokens get the strongest of all instead, channel after channel, so that a prefix is a coarse picture.
     """
     if scaling == "auto":
         scaling = "token" if any(isinstance(m, TableQuantizer) for m in quantizer.modules()) else "channel"
@@ -130,8 +133,9 @@ def lay_out(size: tuple[int, int], num_tokens: int, quantizer: Quantizer, scalin
     index, spread = np.zeros((num_tokens, dim), dtype=np.int64), np.zeros((num_tokens, dim))
     strongest, product = np.argsort(-power, kind="stable"), np.zeros(num_tokens)
     for band, channel in enumerate(order):
-        chosen = strongest[band * num_tokens : (band + 1) * num_tokens]
-        tokens = np.argsort(product, kind="stable")[: len(chosen)] if scaling == "token" else np.arange(len(chosen))
+        chosen = strongest[band::dim][:num_tokens] if nested else strongest[band * num_tokens :][:num_tokens]
+        shuffled = scaling == "token" and not nested
+        tokens = np.argsort(product, kind="stable")[: len(chosen)] if shuffled else np.arange(len(chosen))
         index[tokens, channel], spread[tokens, channel] = chosen, np.sqrt(power[chosen])
         product[tokens] += np.log(power[chosen])
     if scaling == "token":
@@ -193,12 +197,15 @@ class FrequencySynthesis(_Frequencies):
         super().__init__(layout)
         self.curve = nn.Parameter(layout.curve.repeat(len(layout.index), 1, 1))
 
-    def forward(self, codes: Tensor) -> Tensor:
-        """Codes (B, K, D) -> pictures, float32, (B, 3, H, W)."""
+    def forward(self, codes: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Codes (B, k, D), k up to K, those that are `valid` (B, k) -> pictures, float32, (B, 3, H, W)."""
+        k = codes.shape[1]
         with torch.autocast(codes.device.type, enabled=False):
-            values = (expand(codes.float()) * self.curve).sum(-1) * self.spread  # (B, K, D)
+            values = (expand(codes.float()) * self.curve[:k]).sum(-1) * self.spread[:k]  # (B, k, D)
+            if valid is not None:
+                values = torch.where(valid.unsqueeze(-1), values, 0.0)
             flat = values.new_zeros(len(codes), math.prod(self.shape))
-            flat = flat.index_add(1, self.index.flatten(), values.flatten(1))
+            flat = flat.index_add(1, self.index[:k].flatten(), values.flatten(1))
             x = self.vertical.T @ flat.unflatten(1, self.shape) @ self.horizontal  # (B, 3, H, W)
             return torch.einsum("cd,bchw->bdhw", self.colours, x) + 0.5
 
@@ -250,13 +257,15 @@ class Refiner(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, picture: Tensor, codes: Tensor) -> Tensor:
-        """Picture (B, 3, H, W) and codes (B, K, in_dim) -> what to add to the picture, (B, 3, H, W)."""
+    def forward(self, picture: Tensor, codes: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Picture (B, 3, H, W) and codes (B, k, in_dim), all or those that are `valid` (B, k) -> what to add to it."""
         x = F.pixel_unshuffle(2 * picture - 1, FOLD).contiguous(memory_format=torch.channels_last)
         x = self.before(self.stem(x))  # (B, channels, H / 4, W / 4)
         patches = to_sequence(self.patch_embed(x)) + self.position  # (B, h * w, D)
-        tokens = self.code_embed(codes) + self.code_position  # (B, K, D)
-        y = self.transformer(torch.cat([patches, tokens], dim=1), rows=slice(0, len(self.position)))
+        tokens = self.code_embed(codes) + self.code_position[: codes.shape[1]]  # (B, k, D)
+        if valid is not None:
+            valid = torch.cat([valid.new_ones(patches.shape[:2]), valid], dim=1)
+        y = self.transformer(torch.cat([patches, tokens], dim=1), rows=slice(0, len(self.position)), valid=valid)
         y = to_map(self.unfold(self.norm(y)), self.grid)  # (B, channels * ratio^2, h, w)
         x = self.after(x + F.pixel_shuffle(y, self.ratio))
         return F.pixel_shuffle(self.head(F.silu(x)), FOLD)
@@ -285,6 +294,8 @@ class SpectralTiTok(Tokenizer):
         channels: Width of the decoder's convolutions.
         scaling: Coefficients scaled one by one (`channel`) or token by token (`token`); `auto` takes `token` for
             quantizers with a codebook.
+        nested: Let any prefix of the tokens decode: the first tokens get the strongest coefficients, and training
+            decodes random prefixes (tail token drop, arXiv 2501.10064).
         quantizer: Any registered quantizer that needs no grid.
 
     Example:
@@ -305,6 +316,7 @@ class SpectralTiTok(Tokenizer):
         decoder: SizeName | Size = "small",
         channels: int = 64,
         scaling: Scaling = "auto",
+        nested: bool = False,
         quantizer: Annotated[Spec, Of("quantizer")],
     ) -> None:
         super().__init__()
@@ -312,14 +324,14 @@ class SpectralTiTok(Tokenizer):
         _check(height, width, patch_size, num_tokens)
         grid = (height // patch_size, width // patch_size)
         encode, decode = (SIZES[s] if isinstance(s, str) else s for s in (encoder, decoder))
-        self.num_tokens = num_tokens
+        self.num_tokens, self.nested = num_tokens, nested
         self.preprocess = Preprocess(size=(height, width))
         self.quantizer: Quantizer = create("quantizer", **quantizer)
         if self.quantizer.num_ids(num_tokens) != num_tokens:
             name = type(self.quantizer).__name__
             raise ValueError(f"{name} needs a grid of features; 1D tokens have none. Choose another quantizer.")
         dim, in_dim = self.quantizer.dim, self.quantizer.in_dim
-        layout = lay_out((height, width), num_tokens, self.quantizer, scaling)
+        layout = lay_out((height, width), num_tokens, self.quantizer, scaling, nested=nested)
         self.analysis = FrequencyAnalysis(layout, in_dim)
         self.encoder = TiTokEncoder(grid, patch_size, num_tokens, encode, in_dim, legacy_layout=False)
         self.synthesis = FrequencySynthesis(layout)
@@ -331,11 +343,14 @@ class SpectralTiTok(Tokenizer):
         """Pictures in [0, 1], (B, 3, H, W) -> (B, K, quantizer.in_dim), float32."""
         return self.analysis(images) + self.encoder(images)
 
-    def decode_codes(self, codes: Tensor) -> Tensor:
+    def decode_codes(self, codes: Tensor, *, lengths: Tensor | None = None) -> Tensor:
         """Codes (B, K, quantizer.dim) -> pictures, unclamped, (B, 3, H, W)."""
-        picture = self.synthesis(codes)  # float32, whatever the weights are
+        valid = None
+        if lengths is not None:
+            valid = torch.arange(codes.shape[1], device=codes.device) < lengths.unsqueeze(1)
+        picture = self.synthesis(codes, valid)  # float32, whatever the weights are
         dtype = self.decoder.head.weight.dtype
-        return picture + self.decoder(picture.to(dtype), codes.to(dtype))
+        return picture + self.decoder(picture.to(dtype), codes.to(dtype), valid)
 
 
 def _check(height: int, width: int, patch_size: int, num_tokens: int) -> None:
