@@ -24,6 +24,7 @@ from vistok.evaluate.bench_vlm import (
     settings_of,
     timer,
 )
+from vistok.evaluate.token_density import tokdense
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -56,9 +57,9 @@ class SceneBench:
         chance: Share that guessing among the possible answers of each question would get right.
         constant: Share that the most frequent answer to each kind of question gets right (`what` by category).
         rows: One per method and budget, the plain model first: method, keep, image_left, accuracy with its 95 %
-            interval (low, high; Wilson), accuracy by kind of question, inside (share of the tokens that reach the
-            last layer whose patch lies in the evidence boxes), prefill_ms (one picture, median), peak_bytes and
-            cache_bytes of that prefill.
+            interval (low, high; Wilson), tokdense (accuracy in percent per token left), accuracy by kind of question,
+            inside (share of the tokens that reach the last layer whose patch lies in the evidence boxes), prefill_ms
+            (one picture, median), peak_bytes and cache_bytes of that prefill.
     """
 
     model: str
@@ -236,6 +237,7 @@ def _row(
         "keep": setting.keep,
         "image_left": left,
         "accuracy": sum(right) / len(right),
+        "tokdense": tokdense(100 * sum(right) / len(right), left) if left else None,
         "low": low,
         "high": high,
         "by_kind": {kind: sum(oks) / len(oks) for kind, oks in by_kind.items()},

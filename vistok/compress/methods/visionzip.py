@@ -13,7 +13,7 @@ from vistok.compress.method import FeatureMethod
 from vistok.compress.reduction import Reduction
 from vistok.compress.select import best
 from vistok.compress.signals import Signals
-from vistok.registry import register
+from vistok.registry import preset, register
 
 
 def nearest_targets(keys: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -116,3 +116,9 @@ class VisionZip(FeatureMethod):
         weights = 1 / (members - 1).clamp_min(1)[label]
         weights[targets] = 1
         return weights
+
+
+# The dominant + contextual pairs of the paper's tables for LLaVA-1.5 (576 tokens).
+preset("method", "visionzip_192", builder="visionzip", config={"keep": 192, "contextual": 30})
+preset("method", "visionzip_128", builder="visionzip", config={"keep": 128, "contextual": 20})
+preset("method", "visionzip_64", builder="visionzip", config={"keep": 64, "contextual": 10})
