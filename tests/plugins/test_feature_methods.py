@@ -152,6 +152,13 @@ def test_released_visionzip_needs_a_class_token():
         attach(model, "visionzip", reference=True)
 
 
+def test_several_feature_layers_have_no_single_class_token():
+    model = hosts.llava()
+    model.config.vision_feature_layer = [-2, -1]
+    with pytest.raises(TypeError, match="several layers"):
+        attach(model, "visionzip", reference=True)
+
+
 def test_a_tower_of_another_kind_is_refused(llava):
     model = copy.deepcopy(llava)
     model.model.vision_tower.encoder.layers[0].self_attn.q_proj = None

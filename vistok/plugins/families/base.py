@@ -148,6 +148,8 @@ class Family:
             )
         if needs & {"cls_row", "keys", "levels"}:
             self.attentions(model)
+        if "class_token" in needs:
+            self.feature_block(model)
 
     def block_number(self, model: Any, block: int, depth: int) -> int:
         """Block that a method means: from the end if negative, else scaled from a tower of 24 blocks."""
