@@ -13,7 +13,7 @@ from tests.fill import image
 from vistok.losses.adversarial import adaptive_weight, r1_penalty
 from vistok.losses.discriminators import BlurDownsample
 
-GANS = ["hinge_gan", "non_saturating_gan"]
+GANS = ["hinge_gan", "non_saturating_gan", "magvit_gan"]
 
 
 def test_hinge_is_zero_beyond_the_margin():
@@ -53,6 +53,17 @@ def test_lecam_punishes_real_above_the_fake_mean_and_fake_below_the_real_one():
     gan.real_mean, gan.fake_mean = torch.tensor(0.5), torch.tensor(-0.5)
     terms = gan.discriminator(torch.full((2, 1), 1.0), torch.full((2, 1), -1.0))
     assert float(terms.lecam) == pytest.approx(1.5**2 + 1.5**2)
+
+
+def test_magvit_generator_sees_the_mean_logit_and_its_lecam_updates_first_and_squares_single_logits():
+    gan = vistok.create("loss", "magvit_gan", lecam=1.0, lecam_decay=0.5)
+    fake = torch.tensor([[-3.0, 1.0], [0.0, 0.0]])
+    torch.testing.assert_close(gan.generator(fake), torch.nn.functional.softplus(torch.tensor([1.0, 0.0])))
+    real = torch.tensor([[3.0, 1.0]])
+    terms = gan.discriminator(real, -real)
+    assert (float(gan.real_mean), float(gan.fake_mean)) == (1.0, -1.0)
+    assert float(terms.lecam) == pytest.approx(2 * (4.0**2 + 2.0**2) / 2)
+    assert float(terms.adversarial) == 0.0
 
 
 def test_lecam_means_are_saved():
