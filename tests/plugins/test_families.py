@@ -215,3 +215,24 @@ def test_a_picture_of_several_tiles_is_one_image():
         hosts.generate(found.model, found.prompt([(1, [("image", 2), ("image", 1)])]), steps=1)
         assert plugin.trace.images == [[12, 8]]
         assert plugin.trace.image[-1] == [6]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_mustdrop_merges_in_every_tower_and_keeps_its_key_set(name):
+    found = host(name)
+    inputs = found.prompt([(1, [("image", 1)]), (2, [("image", 1), ("image", 3)])])
+    everything = {"gamma_global": 2.0, "gamma_individual": 2.0, "keys": 0.3}
+    with attach(found.model, "mustdrop", similarity=-1.0, window=2, **everything) as plugin:
+        logits_of(found, inputs)
+        trace = plugin.trace
+    assert all(first < sum(whole) for first, whole in zip(trace.image[0], trace.images))
+    assert all(0 < last < first for last, first in zip(trace.image[-1], trace.image[0]))
+
+
+def test_vision_methods_need_pixels():
+    found = host("llava_next")
+    inputs = found.prompt([(1, [("image", 2)])])
+    outputs = found.family.encode(found.model, inputs)
+    rest = {k: v for k, v in inputs.items() if k not in ("pixel_values", "image_sizes")}
+    with attach(found.model, "tome"), pytest.raises(ValueError, match="encoded pictures"):
+        found.model(**rest, mm_encoder_outputs=outputs)

@@ -11,9 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from tests.plugins import towers
+from tests.plugins import towers, zoo
 from tests.plugins.towers import TOWERS, answer, pixels
+from vistok.compress.vision import BlockView, VisionMethod
 from vistok.plugins.attach import attach, plugin_of
+from vistok.plugins.families.qwen_vit import in_windows
 
 NAMES = list(TOWERS)
 METHODS: dict[str, dict[str, Any]] = {"tome": {"r": 5}, "turbo": {"r": 5}, "many_to_many": {}, "cascade": {}}
@@ -337,3 +339,74 @@ def test_what_a_tower_cannot_do_is_said():
     late = attach(copy.deepcopy(tower("CLIP")), "cascade", blocks=[1, 9], ratios=[0.5, 0.3])
     with pytest.raises(ValueError, match="blocks rise inside"):
         answer(late.model, pixels())
+
+
+class Watcher(VisionMethod):
+    """Looks at every block and does nothing."""
+
+    def __init__(self) -> None:
+        self.seen: list[BlockView] = []
+
+    def active(self, layer: int, depth: int, start: int) -> bool:
+        return False
+
+    def watches(self, layer: int, depth: int, start: int) -> bool:
+        return True
+
+    def in_block(self, view: BlockView) -> None:
+        self.seen.append(view)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_queries_and_keys_are_those_of_the_model_s_attention(name):
+    model, x, method = tower(name), pixels(), Watcher()
+    plain = answer(model, x)
+    with attach(model, method):
+        torch.testing.assert_close(answer(model, x), plain, atol=NOISE, rtol=1e-5)
+    assert [view.layer for view in method.seen] == [0, 1, 2, 3]
+    for view in method.seen:
+        received = view.received()
+        torch.testing.assert_close(received.sum(1), torch.ones(2), atol=1e-5, rtol=0)
+        torch.testing.assert_close(view.received(chunk=7), received, atol=1e-6, rtol=0)
+        assert view.received(rows=5).shape == received.shape and view.metric.shape[:2] == received.shape
+        if view.class_token:
+            torch.testing.assert_close(view.class_row().sum(1), torch.ones(2), atol=1e-5, rtol=0)
+
+
+def qwen(name: str) -> Any:
+    return zoo.HOSTS[name]().model.base_model.visual
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_qwen_towers_alone(name):
+    model = qwen(name)
+    grids = torch.tensor([[1, 8, 4], [2, 8, 12], [1, 8, 4]])
+    sizes = grids.prod(1).tolist()
+    x = towers.picture(sum(sizes), 3 * 2 * model.config.patch_size**2, seed=1)
+    plain = model(x, grid_thw=grids).pooler_output
+    with attach(model, Watcher()):
+        torch.testing.assert_close(model(x, grid_thw=grids).pooler_output, plain, atol=NOISE, rtol=1e-5)
+    for method in METHODS:
+        with attach(model, method, keep=1.0):
+            assert torch.equal(model(x, grid_thw=grids).pooler_output, plain)
+        with attach(model, method, keep=0.5) as plugin:
+            together = model(x, grid_thw=grids).pooler_output
+            assert together.shape == plain.shape and not torch.allclose(together, plain)
+            with pytest.raises(RuntimeError, match="several sizes"):
+                plugin.trace  # noqa: B018
+            alone = [model(p, grid_thw=g[None]).pooler_output for p, g in zip(x.split(sizes), grids)]
+            torch.testing.assert_close(together, torch.cat(alone), atol=NOISE, rtol=1e-5)
+            assert plugin.trace.mlp[-1] == 4 and plugin.trace.start == 8
+    assert torch.equal(model(x, grid_thw=grids).pooler_output, plain)
+    with pytest.raises(ValueError, match="full length"):
+        attach(model, "tome", restore=False)
+
+
+def test_attention_in_windows_is_attention_under_a_mask():
+    q, k, v = (towers.picture(2, 3, 20, 8, seed=i) for i in range(3))
+    window = torch.randint(0, 5, (2, 20), generator=torch.Generator().manual_seed(0))
+    bias = towers.picture(2, 1, 1, 20, seed=4)
+    found = in_windows(q, k, v, bias, window, (6, 20), 0.3)
+    mask = bias.masked_fill(window[:, None, :, None] != window[:, None, None, :], -torch.inf)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.3)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)

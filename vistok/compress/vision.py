@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from vistok.compress.budget import check_keep, default_layers, rescale, tokens_per_layer
+from vistok.compress.budget import Budget, check_keep, default_layers, rescale, tokens_per_layer
 from vistok.compress.method import Method
 from vistok.compress.reduction import Reduction
 
@@ -163,14 +163,18 @@ class ScheduledVisionMethod(VisionMethod):
     """A method whose number of tokens after every block is known beforehand.
 
     Args:
-        keep: Patches left after the last block: an int, or a share of what the tower began with (for hosts that cut a
-            picture into tiles: of every tile). None: what the schedule leaves.
+        keep: Patches left after the last block: an int, a share of what the tower began with, or a `Budget` of count,
+            ratio or mean (for hosts that cut a picture into tiles: of every tile). None: what the schedule leaves.
         proportional: Proportional attention.
         restore: Full length after every block, see `VisionMethod`.
     """
 
-    def __init__(self, *, keep: int | float | None, proportional: bool, restore: bool | None) -> None:
+    def __init__(self, *, keep: int | float | Budget | None, proportional: bool, restore: bool | None) -> None:
         check_keep(keep)
+        if isinstance(keep, Budget):
+            if keep.flops is not None:
+                raise ValueError(f"{keep} counts a language model's FLOPs. In a vision tower give a count or a ratio.")
+            keep = keep.ratio if keep.count is None and keep.mean is None else max(1, int(keep.count or keep.mean or 1))
         self.keep, self.proportional, self.restore = keep, proportional, restore
 
     def left(self, depth: int, start: int) -> list[int]:
@@ -283,7 +287,7 @@ class StagedVisionMethod(ScheduledVisionMethod):
     def __init__(
         self,
         *,
-        keep: int | float | None,
+        keep: int | float | Budget | None,
         blocks: Sequence[int] | None,
         ratios: Sequence[float] | None,
         proportional: bool,

@@ -15,7 +15,7 @@ from vistok.config import create
 from vistok.registry import list_names, registry
 
 BLOCKS, TILES, SIDE, PATCH = 24, 5, 336, 14
-SHALLOW = 3
+SHALLOW = 1
 """Blocks that really run: a tower's blocks cost the same, so the time of all 24 follows from theirs."""
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vistok.compress.groups import spread_out, spread_tokens
 from vistok.compress.reduction import Reduction, take
 from vistok.compress.vision import BlockView, VisionMethod
 from vistok.plugins.families.encoder import Encoder, Step, encoder_of
@@ -37,7 +38,7 @@ class State:
     @property
     def ragged(self) -> bool:
         """Some tokens are fillers."""
-        return self.step is not None and self.step.ragged
+        return self.step is not None and (self.step.ragged or (self.before is not None and self.before.ragged))
 
     @property
     def total(self) -> Reduction | None:
@@ -288,38 +289,6 @@ class TowerRuntime:
                 before = x if work.order is None else x[:, work.order]
                 full = torch.where((total.labels() >= 0).unsqueeze(-1), full, before)
         return full if work.order is None else full[:, work.order.argsort()]
-
-
-def spread_tokens(x: Tensor, prefix: int, group: int) -> Tensor:
-    """Numbers of tokens as numbers of patches, those of a group side by side: (B, N) -> (B, T); -1 stays."""
-    if group == 1:
-        return x
-    rest = x[:, prefix:, None]
-    patches = (rest - prefix) * group + torch.arange(group, device=x.device) + prefix
-    return torch.cat([x[:, :prefix], torch.where(rest < 0, -1, patches).flatten(1)], dim=1)
-
-
-def spread_out(reduction: Reduction, prefix: int, group: int) -> Reduction:
-    """A reduction of prefix tokens and groups as one of patches, those of a group side by side."""
-    if group == 1:
-        return reduction
-
-    def copies(x: Tensor) -> Tensor:
-        return torch.cat([x[:, :prefix], x[:, prefix:].repeat_interleave(group, dim=1)], dim=1)
-
-    links = weights = None
-    if reduction.links is not None and reduction.weights is not None:
-        links = torch.stack([spread_tokens(column, prefix, group) for column in reduction.links.unbind(2)], dim=2)
-        weights = copies(reduction.weights)
-    return Reduction(
-        index=spread_tokens(reduction.index, prefix, group),
-        sizes=copies(reduction.sizes),
-        length=prefix + group * (reduction.length - prefix),
-        links=links,
-        weights=weights,
-        ragged=reduction.ragged,
-        drops=reduction.drops,
-    )
 
 
 class BlockForward:

@@ -142,6 +142,8 @@ class TowerPlugin:
     def _last(self, runtime: TowerRuntime) -> TowerRuntime:
         if runtime.last is None:
             raise RuntimeError("Nothing has run yet: give the model a picture first.")
+        if len(getattr(runtime, "groups", ())) > 1:
+            raise RuntimeError("The last pictures had several sizes, each with a reduction: see plugin.runtime.groups.")
         return runtime
 
     @property

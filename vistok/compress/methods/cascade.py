@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from vistok.compress.budget import Budget
 from vistok.compress.reduction import Reduction, behind_prefix, take
 from vistok.compress.vision import BlockView, StagedVisionMethod
 from vistok.registry import register
@@ -23,7 +24,7 @@ class Cascade(StagedVisionMethod):
     that many evenly spaced queries instead.
 
     Args:
-        keep: Patches left after the last cut (int or share); the cuts before follow.
+        keep: Patches left after the last cut (int, share or `Budget`); the cuts before follow.
         blocks: Blocks in which it cuts, from 0.
         ratios: Share of the patches left after each cut.
         voters: Query rows that vote, evenly spaced; all if None.
@@ -37,7 +38,7 @@ class Cascade(StagedVisionMethod):
     def __init__(
         self,
         *,
-        keep: int | float | None = None,
+        keep: int | float | Budget | None = None,
         blocks: Sequence[int] | None = None,
         ratios: Sequence[float] | None = None,
         voters: int | None = None,

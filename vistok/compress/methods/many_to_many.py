@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vistok.compress.budget import Budget
 from vistok.compress.reduction import Reduction, behind_prefix, take
 from vistok.compress.vision import BlockView, StagedVisionMethod
 from vistok.registry import register
@@ -30,7 +31,7 @@ class ManyToMany(StagedVisionMethod):
     FLOPs on DeiT-S at 224 pixels.
 
     Args:
-        keep: Patches left after the last stage (int or share); the stages before follow.
+        keep: Patches left after the last stage (int, share or `Budget`); the stages before follow.
         blocks: Blocks in which it acts, from 0.
         ratios: Share of the patches left after each stage.
         links: Anchors that a token is shared among, at least 1.
@@ -50,7 +51,7 @@ class ManyToMany(StagedVisionMethod):
     def __init__(
         self,
         *,
-        keep: int | float | None = None,
+        keep: int | float | Budget | None = None,
         blocks: Sequence[int] | None = None,
         ratios: Sequence[float] | None = None,
         links: int = 2,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from vistok.compress.budget import Budget
 from vistok.compress.match import bipartite
 from vistok.compress.reduction import Reduction
 from vistok.compress.vision import BlockView, ScheduledVisionMethod, falling, rates, spread
@@ -27,7 +28,7 @@ class ToMe(ScheduledVisionMethod):
 
     Args:
         r: Pairs per block: an int, `(r, inflection)` with -1 for a falling and 1 for a rising schedule, or a list.
-        keep: Patches left after the last block (int or share); r then gives the shape of the schedule only.
+        keep: Patches left after the last block (int, share or `Budget`); r then gives the shape of the schedule only.
         proportional: Proportional attention; off for masked autoencoders that were not trained with it.
         restore: Full length after every block, for dense prediction.
         reference: Order of tokens as released where there is no class token (by similarity).
@@ -40,7 +41,7 @@ class ToMe(ScheduledVisionMethod):
         self,
         *,
         r: int | Sequence[int | float] = 8,
-        keep: int | float | None = None,
+        keep: int | float | Budget | None = None,
         proportional: bool = True,
         restore: bool | None = None,
         reference: bool = False,
@@ -78,17 +79,17 @@ class Turbo(ToMe):
 
     Pairs are ranked by cosine minus the semantic value of the token that would go, `weight * N * attention` (so that
     an average token has the value `weight` at any resolution). Released BLIP code uses 30 * alpha * attention and the
-    LLaVA code 100 * alpha: `scale=30` or `scale=100` with `weight=alpha`. Towers without a class token use the
-    attention that tokens receive.
+    LLaVA code 100 * alpha: `scale=30` or `scale=100` with `weight=alpha`; its alpha of 5 at 384 pixels is a weight of
+    0.26 here. Towers without a class token use the attention that tokens receive.
 
     Args:
         r: As in ToMe; the released runs use 30 at 384 and 40 at 480 pixels.
-        weight: Weight of the semantic value (alpha with `scale`).
+        weight: Weight of the semantic value (alpha with `scale`); by default 0.25, and 5 with `scale`.
         scale: Published constant; None for the form that does not depend on resolution.
         decay: The value fades by this factor per merging block away from `centre`; 1 for no fading.
         centre: Merging block, from 0, where the value counts fully.
         threshold: Nothing is merged while fewer tokens than this are left (released: 40 in most tasks).
-        keep: Patches left after the last block (int or share); r then gives the shape of the schedule only.
+        keep: Patches left after the last block (int, share or `Budget`); r then gives the shape of the schedule only.
         proportional: Proportional attention.
         restore: Full length after every block, for dense prediction.
         reference: The published constant 30 if no `scale` is given, and the order of ToMe's code.
@@ -100,12 +101,12 @@ class Turbo(ToMe):
         self,
         *,
         r: int | Sequence[int | float] = 8,
-        weight: float = 1.0,
+        weight: float | None = None,
         scale: float | None = None,
         decay: float = 1.0,
         centre: int = 0,
         threshold: int = 0,
-        keep: int | float | None = None,
+        keep: int | float | Budget | None = None,
         proportional: bool = True,
         restore: bool | None = None,
         reference: bool = False,
@@ -113,8 +114,9 @@ class Turbo(ToMe):
         super().__init__(r=r, keep=keep, proportional=proportional, restore=restore, reference=reference)
         if threshold and keep is not None:
             raise ValueError(f"keep={keep} and threshold={threshold} both say where merging ends. Give one of them.")
-        self.weight, self.decay, self.centre, self.threshold = weight, decay, centre, threshold
+        self.decay, self.centre, self.threshold = decay, centre, threshold
         self.scale = 30.0 if reference and scale is None else scale
+        self.weight = weight if weight is not None else 0.25 if self.scale is None else 5.0
 
     def left(self, depth: int, start: int) -> list[int]:
         """As in ToMe, until the threshold; it counts the class token, as the released code does."""
