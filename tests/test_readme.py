@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 import vistok
-from tests.plugins import hosts
+from tests.plugins import hosts, local
 from vistok.cli import run
 
 REPOSITORY = Path(__file__).parents[1]
@@ -86,6 +86,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         vistok.create("tokenizer", "titok_tiny").eval().save_pretrained(tmp_path / name)
     for name in ("photo.jpg", "other.png"):
         Image.new("RGB", (80, 60)).save(tmp_path / name)
+    local.save(tmp_path / "runs" / "llava")
     (tmp_path / "vistok").symlink_to(REPOSITORY / "vistok")
     monkeypatch.chdir(tmp_path)
     return tmp_path
