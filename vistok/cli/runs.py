@@ -65,6 +65,9 @@ def evaluate(
     ] = probing.Pool.mean,
     tokens: Annotated[int | None, typer.Option(min=1, help="Tokens per picture, for nested tokenizers.")] = None,
     caption: Caption = None,
+    lengths: Annotated[
+        str, typer.Option(help="Token counts to decode the same tokens at besides, e.g. 1,4,16,64 (nested tokenizers).")
+    ] = "",
     batch: Batch = 16,
     device: Device = "",
     overwrite: Overwrite = False,
@@ -91,7 +94,13 @@ def evaluate(
     broken = files.Broken()
     if found:
         names = files.listed(metrics)
-        options: dict[str, Any] = {"num_tokens": tokens, "text": caption, "batch": batch, "name": model}
+        options: dict[str, Any] = {
+            "lengths": files.numbers(lengths, "--lengths"),
+            "num_tokens": tokens,
+            "text": caption,
+            "batch": batch,
+            "name": model,
+        }
         skipped = _measure(tokenizer, found, out, first=first, metrics=names, **options)
         broken.reasons |= skipped if first else {}
     if probe is not None and first:

@@ -91,6 +91,7 @@ def write_page(
     gallery: Sequence[Example] = (),
     curves: Sequence[Curve] = (),
     tables: Sequence[Table] = (),
+    panels: Mapping[str, bytes] | None = None,
     protocol: Mapping[str, Any] | None = None,
     notes: Sequence[str] = (),
     ranked_by: str = "PSNR",
@@ -107,6 +108,7 @@ def write_page(
         gallery: Further pictures, folded away.
         curves: Diagrams.
         tables: Tables.
+        panels: Further pictures (PNG) under their headings.
         protocol: What the figures depend on, from `vistok.evaluate.protocol.collect`.
         notes: Plain sentences a reader must know, shown above the figures.
         ranked_by: Metric that chose the groups, for their heading.
@@ -120,6 +122,7 @@ def write_page(
         _groups(groups or {}, ranked_by),
         _curves(curves),
         f'<div class="tables">{"".join(_table(t) for t in tables)}</div>' if tables else "",
+        "".join(_panel(heading, png) for heading, png in (panels or {}).items()),
         _gallery(gallery),
         _protocol(protocol),
     ]
@@ -195,6 +198,11 @@ def _pair(example: Example) -> str:
         f"{_image(example.reconstruction, f'{example.name}, reconstruction')}</div>"
         f"<figcaption>{caption}</figcaption></figure>"
     )
+
+
+def _panel(heading: str, png: bytes) -> str:
+    source = f"data:image/png;base64,{_base64(png)}"
+    return _section(heading, f'<div class="scroll"><img alt="{escape(heading)}" src="{source}"></div>')
 
 
 def _gallery(examples: Sequence[Example]) -> str:

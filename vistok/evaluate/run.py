@@ -20,6 +20,7 @@ from vistok.evaluate import protocol, report
 from vistok.evaluate.gallery import Example, Gallery
 from vistok.evaluate.intervals import bootstrap_interval
 from vistok.evaluate.metric import Metric
+from vistok.evaluate.rungs import Rungs, climb
 from vistok.evaluate.usage import LARGEST_VOCABULARY, CodebookUsage
 from vistok.hub import write_atomic
 from vistok.image import read_batches
@@ -77,6 +78,7 @@ def evaluate(
     history: Mapping[str, Sequence[float]] | None = None,
     name: str = "",
     num_tokens: int | None = None,
+    lengths: Sequence[int] = (),
     text: str | Mapping[Path, str] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> EvalResult:
@@ -99,6 +101,7 @@ def evaluate(
         history: Columns of a training log (`step` is the x axis); its curves go into the report.
         name: What to call the model; its registered name if empty.
         num_tokens: Tokens per picture, for nested tokenizers.
+        lengths: Further token counts to decode the same tokens at: a table and `ladder.png`. Nested tokenizers only.
         text: For tokenizers that read captions: one for all pictures, or that of each file.
         progress: Called with the number of pictures done in this process, after every batch.
 
@@ -117,6 +120,10 @@ def evaluate(
             measured.update(files, images.to(tokenizer.device), num_tokens, captions)
             if progress is not None:
                 progress(len(measured.lines))
+        rungs = None
+        if lengths and rank() == 0:
+            title = name or tokenizer.registry_name
+            rungs = climb(tokenizer, pictures, lengths, metrics, batch=batch, title=title)
     finally:
         tokenizer.train(was_training)
     broken = {path: why for part in all_objects(broken) for path, why in part.items()}
@@ -124,7 +131,8 @@ def evaluate(
     if not measured.lines:
         reasons = "; ".join(f"{path.name}: {why}" for path, why in list(broken.items())[:3]) or "the list is empty"
         raise ValueError(f"There is no picture to evaluate on ({reasons}).")
-    result = measured.result({str(path): why for path, why in broken.items()}, _paths(out, bool(history)))
+    paths = _paths(out, bool(history)) | ({"ladder": Path(out) / "ladder.png"} if lengths else {})
+    result = measured.result({str(path): why for path, why in broken.items()}, paths)
     if rank() > 0:
         return result
     used = [path for path in pictures if path not in broken]
@@ -142,7 +150,7 @@ def evaluate(
             **({"text": text if isinstance(text, str) else "a caption per picture"} if text is not None else {}),
         },
     )
-    _write(result, measured, facts, report.curves_from_log(_records(history or {})))
+    _write(result, measured, facts, report.curves_from_log(_records(history or {})), rungs)
     return result
 
 
@@ -276,10 +284,19 @@ def _paths(out: Path, has_history: bool) -> dict[str, Path]:
     }
 
 
-def _write(result: EvalResult, measured: _Measured, facts: Mapping[str, Any], curves: Sequence[report.Curve]) -> None:
+def _write(
+    result: EvalResult,
+    measured: _Measured,
+    facts: Mapping[str, Any],
+    curves: Sequence[report.Curve],
+    rungs: Rungs | None,
+) -> None:
     files = result.files
     files["metrics"].parent.mkdir(parents=True, exist_ok=True)
     table = {key: value for key, value in vars(result).items() if key != "files"}
+    if rungs is not None:
+        table["by_tokens"] = rungs.figures
+        write_atomic(files["ladder"], rungs.png)
     write_atomic(files["metrics"], json.dumps({**table, "protocol": facts}, indent=2).encode())
     write_atomic(files["pictures"], "".join(json.dumps(line) + "\n" for line in measured.lines).encode())
     examples = measured.gallery.sampled()
@@ -305,7 +322,8 @@ def _write(result: EvalResult, measured: _Measured, facts: Mapping[str, Any], cu
         groups=measured.gallery.groups(),
         gallery=examples,
         curves=curves,
-        tables=_tables(result),
+        tables=_tables(result) + ([rungs.table()] if rungs else []),
+        panels={"Ladder of token counts": rungs.png} if rungs else {},
         protocol=facts,
         notes=_notes(result),
         ranked_by=measured.metrics[measured.gallery.metric].title,

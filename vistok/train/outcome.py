@@ -81,6 +81,7 @@ def evaluate(run: Run, folder: Path, command: str) -> dict[str, float]:
             metrics=config.metrics,
             out=folder,
             batch=config.batch,
+            lengths=config.lengths,
             command=command,
             text=captions_of(dataset) if reads_text else None,
             history=history(run.out / METRICS),
@@ -148,6 +149,7 @@ def written(out: Path, kind: str = "tokenizer") -> dict[Path, str]:
     report = {
         out / EVALUATION / "report.html": "everything on one page",
         out / EVALUATION / "reconstructions.png": "held-out pictures and what the tokens keep of them",
+        out / EVALUATION / "ladder.png": "the same pictures from few to many tokens",
         out / EVALUATION / "curves.png": "losses and rates over the training",
         out / EVALUATION / "metrics.json": "held-out figures and what they depend on",
         out / EVALUATION / "pictures.jsonl": "the figures of each picture",

@@ -135,12 +135,14 @@ class EvalConfig:
         metrics: Registered metrics.
         batch: Pictures at once.
         every: Steps between evaluations while training; 0 for one at the end only.
+        lengths: Token counts to decode the same tokens at besides, for nested tokenizers: a table and a picture.
     """
 
     data: Annotated[Spec | None, Of("dataset")] = None
     metrics: tuple[str, ...] = ("psnr", "ssim", "lpips_alex")
     batch: int = 16
     every: int = 0
+    lengths: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
