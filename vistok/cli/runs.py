@@ -204,6 +204,48 @@ def _bench_titok(model: str, given: dict[str, Any]) -> dict[str, Any]:
     return result.to_dict()
 
 
+@bench.command("samplers")
+def bench_samplers(
+    model: Model,
+    data: Annotated[
+        str, typer.Option(help="Pictures: files, folders, patterns; bundled held-out ones by default.")
+    ] = "",
+    samplers: Annotated[str, typer.Option(help="Separated by commas.")] = "euler,ab2,heun,midpoint,rk4",
+    evaluations: Annotated[str, typer.Option(help="Network evaluations, separated by commas.")] = "1,2,4,8,16",
+    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens per picture; all by default.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale; the model's own by default.")] = None,
+    device: Device = "",
+    out: Annotated[Path | None, typer.Option(help="JSON file for the result; replaced if it exists.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Diagram (PNG, SVG or PDF); replaced if it exists.")] = None,
+) -> None:
+    """Quality of a trained flow decoder against the number of network evaluations, for every sampler."""
+    from vistok.cli.show import Rows
+    from vistok.config import create
+    from vistok.evaluate import bench_samplers as module
+    from vistok.image import find_pictures
+
+    listed = files.listed(data)
+    found = list(files.collect(listed, find_pictures)) if listed else create("dataset", "photos", split="heldout").files
+    result = module.run(
+        load(model, device),
+        found,
+        samplers=files.listed(samplers),
+        evaluations=files.numbers(evaluations, "--evaluations"),
+        tokens=tokens,
+        guidance=guidance,
+        name=model,
+    )
+    cells = [
+        (r["sampler"], *(str(r[k]) for k in ("steps", "evaluations")), *(f"{r[k]:.4g}" for k in module.QUALITIES))
+        for r in result.rows
+    ]
+    Rows(("sampler", "steps>", "evaluations>", "PSNR>", "LPIPS>", f"from {result.reference}>"), cells).print()
+    if plot is not None:
+        module.plot(result, plot)
+        typer.echo(f"Wrote {plot}")
+    _write_json(out, result.to_dict())
+
+
 @bench.command("quantizers")
 def bench_quantizers(
     kinds: Annotated[str, typer.Option(help="Registered names or labels, separated by commas; all by default.")] = "",
