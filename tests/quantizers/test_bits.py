@@ -159,18 +159,45 @@ def test_what_does_not_fit_is_refused_with_advice(kind, config, message):
         vistok.create("quantizer", kind, **config)
 
 
-def test_more_bits_than_channels_do_not_pretend_to_be_invertible():
-    q = build("binary", dim=8, num_bits=12).eval()
-    with pytest.raises(ValueError, match="linearly dependent"):
+@pytest.mark.parametrize(("dim", "bits"), [(8, 12), (16, 24), (4, 8), (2, 10), (70, 80)])
+def test_more_bits_than_channels_come_back(dim, bits):
+    q = build("binary", dim=dim, num_bits=bits).eval()
+    shape = (3, 7) if bits <= 63 else (3, 7, bits // 8)
+    ids = torch.randint(q.vocab_sizes[0], shape, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(q.codes_to_ids(q.ids_to_codes(ids)), ids)
+
+
+def test_dependent_but_distinguishable_vectors_come_back():
+    q = build("binary", dim=4, num_bits=3).eval()
+    with torch.no_grad():
+        q.embed[2] = 4 * q.embed[1]
+    ids = torch.arange(8).reshape(1, 8)
+    assert torch.equal(q.codes_to_ids(q.ids_to_codes(ids)), ids)
+
+
+def test_too_many_bits_to_try_are_refused():
+    q = build("binary", dim=8, num_bits=40).eval()
+    with pytest.raises(
+        ValueError, match=r"40 bit vectors have rank 8: 32 bits.*at most 2\^16.*dim of at least num_bits"
+    ):
         q.codes_to_ids(q(features(q)).codes)
 
 
-def test_bit_vectors_that_are_nearly_dependent_do_not_pretend_to_be_invertible():
+@pytest.mark.parametrize("nearly", [0.0, 1e-6])
+def test_bit_vectors_that_cannot_be_told_apart_do_not_pretend_to_be_invertible(nearly):
     q = build("binary").eval()
     with torch.no_grad():
-        q.embed[1] = q.embed[0] * (1 + 1e-6)
-    with pytest.raises(ValueError, match="too nearly dependent"):
+        q.embed[1] = q.embed[0] * (1 + nearly)
+    with pytest.raises(ValueError, match="more than one set|too nearly dependent"):
         q.codes_to_ids(q.ids_to_codes(torch.arange(2**12).unsqueeze(0)))
+
+
+@pytest.mark.parametrize(("dim", "bits"), [(16, 12), (8, 12)])
+def test_codes_that_are_no_sums_are_refused(dim, bits):
+    q = build("binary", dim=dim, num_bits=bits).eval()
+    codes = q.ids_to_codes(torch.arange(8).reshape(1, 8))
+    with pytest.raises(ValueError, match="no sums of the bit vectors"):
+        q.codes_to_ids(codes + torch.linspace(-3, 3, dim))
 
 
 def test_zero_is_the_lower_sign():

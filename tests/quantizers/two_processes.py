@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from pathlib import Path
 
 import torch
@@ -103,12 +104,17 @@ def work(rank: int, folder: str) -> None:
     early = build("lfq")  # built before the process group exists
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     z, _ = batch(early)
-    results = {
-        "steps": one_step_each(rank),
-        "early": step(early, share(z, (2, 2), rank), None),
+    results = {"steps": one_step_each(rank), "early": step(early, share(z, (2, 2), rank), None)}
+    dist.barrier()
+    began = time.monotonic()
+    results |= {
         "vq_ema": fifty_steps("vq_ema", rank, dead_threshold=1.0, kmeans_init=True, decay=0.5),
         "cvq": fifty_steps("cvq", rank),
         "residual_dropout": fifty_steps("residual_dropout", rank),
+    }
+    dist.barrier()
+    results |= {
+        "seconds": time.monotonic() - began,
         "levels": drawn_levels(rank),
         "tokens": drawn_tokens(rank),
         "ddp": ddp_gradient(rank),

@@ -68,7 +68,7 @@ def test_stage_one_learns_the_proxy_codes_and_leaves_a_model_that_decodes(tmp_pa
 
 def test_proxy_of_another_size_is_refused(proxy):
     model = vistok.create("tokenizer", **{**TWO_STAGE, "proxy_dim": 8})
-    with pytest.raises(ValueError, match="16 codes of 4 channels and width 32. Set proxy_codes, proxy_dim"):
+    with pytest.raises(ValueError, match="16 codes of 4 channels, width 32 and 32 groups. Set proxy_codes, proxy_dim"):
         create("step", "distil", proxy=str(proxy)).setup(model, Losses({}))
 
 

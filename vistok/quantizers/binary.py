@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from vistok.quantizers.base import MAX_ID_BITS, Positions, Quantized, Quantizer, require_positive, straight_through
 from vistok.quantizers.bits import bits_to_groups, groups_to_bits
+from vistok.quantizers.subset import subset_bits
 from vistok.quantizers.usage import UsageTracker
 from vistok.registry import register
 
@@ -122,21 +123,11 @@ class BinaryLatent(Quantizer):
     def codes_to_ids(self, codes: Tensor) -> Tensor:
         """Ids whose vectors sum to the codes: (B, N, D) -> int64 (B, N), or (B, N, G) above 63 bits.
 
+        With more bits than channels the bits beyond the vectors' rank are tried, up to 16 of them.
+
         Raises:
-            ValueError: Wrong number of channels; vectors that are linearly dependent (more bits than channels), or
-                nearly, so that a sum does not tell its bits; or codes that are no such sum.
+            ValueError: Wrong number of channels; too many bits to try; codes that are no such sum, or more than one.
         """
         codes = self.check_codes(codes)
-        embed = self.embed.detach().double()
-        if int(torch.linalg.matrix_rank(embed)) < self.num_bits:
-            raise ValueError(
-                f"The {self.num_bits} bit vectors of {self.dim} channels are linearly dependent: a code does not "
-                f"determine its bits. Keep the ids, or give dim of at least num_bits."
-            )
-        share = codes.double() @ torch.linalg.pinv(embed)
-        if bool(((share - share.round().clamp(0, 1)).abs() > 0.25).any()):
-            raise ValueError(
-                "These codes are no sums of the bit vectors, or the vectors are too nearly dependent to tell which. "
-                "Keep the ids."
-            )
-        return self._pack(share > 0.5)
+        bits = subset_bits(codes.reshape(-1, self.dim), self.embed.detach().float())
+        return self._pack(bits.reshape(*codes.shape[:-1], self.num_bits))

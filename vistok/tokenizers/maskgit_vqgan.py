@@ -28,11 +28,11 @@ class ResidualBlock(nn.Module):
     that output: the input is not added. The published weights were trained so.
     """
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, *, groups: int = 32) -> None:
         super().__init__()
-        self.norm1 = GroupNormSiLU(32, in_channels, eps=1e-6)
+        self.norm1 = GroupNormSiLU(groups, in_channels, eps=1e-6)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
-        self.norm2 = GroupNormSiLU(32, out_channels, eps=1e-6)
+        self.norm2 = GroupNormSiLU(groups, out_channels, eps=1e-6)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
         self.nin_shortcut = (
             nn.Conv2d(out_channels, out_channels, 1, bias=False) if in_channels != out_channels else None
@@ -45,10 +45,10 @@ class ResidualBlock(nn.Module):
 
 
 class _Level(nn.Module):
-    def __init__(self, in_channels: int, out_channels: int, *, upsample: bool = False) -> None:
+    def __init__(self, in_channels: int, out_channels: int, *, groups: int, upsample: bool = False) -> None:
         super().__init__()
         widths = [in_channels] + [out_channels] * BLOCKS
-        self.block = nn.ModuleList(ResidualBlock(a, b) for a, b in pairwise(widths))
+        self.block = nn.ModuleList(ResidualBlock(a, b, groups=groups) for a, b in pairwise(widths))
         self.upsample_conv = UpsampleConv2d(out_channels, out_channels) if upsample else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -64,16 +64,17 @@ class MaskGITEncoder(nn.Module):
 
     Args:
         out_channels: Channels of the features.
-        channels: Width of the finest level; a multiple of 32.
+        channels: Width of the finest level; a multiple of `groups`.
+        groups: Groups of the norms.
     """
 
-    def __init__(self, out_channels: int, *, channels: int = 128) -> None:
+    def __init__(self, out_channels: int, *, channels: int = 128, groups: int = 32) -> None:
         super().__init__()
         widths = [channels * m for m in MULTIPLIERS]
         self.conv_in = nn.Conv2d(3, channels, 3, padding=1, bias=False)
-        self.down = nn.ModuleList(_Level(a, b) for a, b in zip([channels, *widths], widths))
-        self.mid = nn.ModuleList(ResidualBlock(widths[-1], widths[-1]) for _ in range(BLOCKS))
-        self.norm_out = GroupNormSiLU(32, widths[-1], eps=1e-6)
+        self.down = nn.ModuleList(_Level(a, b, groups=groups) for a, b in zip([channels, *widths], widths))
+        self.mid = nn.ModuleList(ResidualBlock(widths[-1], widths[-1], groups=groups) for _ in range(BLOCKS))
+        self.norm_out = GroupNormSiLU(groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], out_channels, 1)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -94,17 +95,18 @@ class MaskGITDecoder(nn.Module):
 
     Args:
         in_channels: Channels of the codes.
-        channels: Width of the finest level; a multiple of 32.
+        channels: Width of the finest level; a multiple of `groups`.
+        groups: Groups of the norms.
     """
 
-    def __init__(self, in_channels: int, *, channels: int = 128) -> None:
+    def __init__(self, in_channels: int, *, channels: int = 128, groups: int = 32) -> None:
         super().__init__()
         widths = [channels * m for m in MULTIPLIERS]
         self.conv_in = nn.Conv2d(in_channels, widths[-1], 3, padding=1)
-        self.mid = nn.ModuleList(ResidualBlock(widths[-1], widths[-1]) for _ in range(BLOCKS))
+        self.mid = nn.ModuleList(ResidualBlock(widths[-1], widths[-1], groups=groups) for _ in range(BLOCKS))
         above = [*widths[1:], widths[-1]]  # level i is entered with the width of the next coarser one
-        self.up = nn.ModuleList(_Level(above[i], widths[i], upsample=i > 0) for i in range(len(widths)))
-        self.norm_out = GroupNormSiLU(32, channels, eps=1e-6)
+        self.up = nn.ModuleList(_Level(above[i], widths[i], groups=groups, upsample=i > 0) for i in range(len(widths)))
+        self.norm_out = GroupNormSiLU(groups, channels, eps=1e-6)
         self.conv_out = nn.Conv2d(channels, 3, 3, padding=1)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -130,7 +132,9 @@ class MaskGITVQGAN(Tokenizer):
         image_size: Side in pixels, or (H, W), that picture files are cropped to; multiples of 16.
         codebook_size: Codes, V.
         code_dim: Channels of a code.
-        channels: Width of the finest level; a multiple of 32.
+        channels: Width of the finest level; a multiple of `groups`.
+        groups: Groups of the norms; 32 in the published weights. With as many groups as channels the mean colour of a
+            picture is normalised away: a narrow model needs fewer.
         quantizer: Any registered quantizer instead of the published one (`vq` with the two numbers above).
     """
 
@@ -145,6 +149,7 @@ class MaskGITVQGAN(Tokenizer):
         codebook_size: int = 1024,
         code_dim: int = 256,
         channels: int = 128,
+        groups: int = 32,
         quantizer: Annotated[Spec | None, Of("quantizer")] = None,
     ) -> None:
         super().__init__()
@@ -154,9 +159,9 @@ class MaskGITVQGAN(Tokenizer):
         self.preprocess = Preprocess(size=(height, width))
         spec = quantizer or {"name": "vq", "codebook_size": codebook_size, "dim": code_dim}
         width_of: Any = on_meta("quantizer", **spec)
-        self.encoder = MaskGITEncoder(width_of.in_dim, channels=channels)
+        self.encoder = MaskGITEncoder(width_of.in_dim, channels=channels, groups=groups)
         self.quantizer = create("quantizer", **spec)  # after the encoder: the order in which runs draw their weights
-        self.decoder = MaskGITDecoder(self.quantizer.dim, channels=channels)
+        self.decoder = MaskGITDecoder(self.quantizer.dim, channels=channels, groups=groups)
         grid = self.grid_for((height, width))
         self.num_tokens = self.quantizer.num_ids(grid[0] * grid[1], grid)
 

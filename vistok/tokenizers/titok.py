@@ -267,6 +267,7 @@ class TwoStageTiTok(TiTokBase):
         proxy_codes: Codes of the proxy tokenizer; 1024 for the published weights.
         proxy_dim: Channels of a proxy code; 256 for the published weights.
         pixel_channels: Base width of the pixel decoder; 128 for the published weights.
+        pixel_groups: Groups of its norms; 32 for the published weights.
     """
 
     decoder_parts = ("decoder", "head", "pixel_codebook", "pixel_decoder")
@@ -283,12 +284,13 @@ class TwoStageTiTok(TiTokBase):
         proxy_codes: int = 1024,
         proxy_dim: int = 256,
         pixel_channels: int = 128,
+        pixel_groups: int = 32,
     ) -> None:
         super().__init__()
         size = self._build(image_size, 16, num_tokens, quantizer, (encoder, decoder), legacy=legacy_layout)
         self.head = CodeHead(size.width, proxy_codes)
         self.pixel_codebook = nn.Embedding(proxy_codes, proxy_dim)
-        self.pixel_decoder = MaskGITDecoder(proxy_dim, channels=pixel_channels)
+        self.pixel_decoder = MaskGITDecoder(proxy_dim, channels=pixel_channels, groups=pixel_groups)
         initialise(self.encoder, self.decoder, self.head)
 
     @property
@@ -308,14 +310,16 @@ class TwoStageTiTok(TiTokBase):
                 f"The proxy has a {proxy.quantizer.registry_name} quantizer; it has to be one with a table of codes."
             )
         own = self.pixel_codebook.weight
-        if table.shape != own.shape or proxy.decoder.conv_out.weight.shape != self.pixel_decoder.conv_out.weight.shape:
+        theirs, ours = proxy.decoder, self.pixel_decoder
+        facts = [(d.conv_out.weight.shape[1], d.norm_out.num_groups) for d in (theirs, ours)]
+        if table.shape != own.shape or facts[0] != facts[1]:
             raise ValueError(
-                f"The proxy tokenizer has {table.shape[0]} codes of {table.shape[1]} channels and width "
-                f"{proxy.decoder.conv_out.weight.shape[1]}. Set proxy_codes, proxy_dim and pixel_channels to these."
+                f"The proxy tokenizer has {table.shape[0]} codes of {table.shape[1]} channels, width {facts[0][0]} and "
+                f"{facts[0][1]} groups. Set proxy_codes, proxy_dim, pixel_channels and pixel_groups to these."
             )
         with torch.no_grad():
             own.copy_(table)
-        self.pixel_decoder.load_state_dict(proxy.decoder.state_dict())
+        ours.load_state_dict(theirs.state_dict())
 
     def decode_logits(self, codes: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Codes (B, K, quantizer.dim) -> logits over the proxy codes, (B, h * w, V)."""
