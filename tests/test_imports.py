@@ -19,7 +19,8 @@ GROUND = frozenset(
 )
 HOUSE = {"layers": GROUND}
 HOUSE["flow"] = HOUSE["quantizers"] = HOUSE["compress"] = HOUSE["losses"] = GROUND | {"layers"}
-HOUSE["tokenizers"] = HOUSE["quantizers"] | {"flow", "quantizers"}
+HOUSE["codec"] = GROUND
+HOUSE["tokenizers"] = HOUSE["quantizers"] | {"flow", "quantizers", "codec"}
 HOUSE["generators"] = HOUSE["tokenizers"] | {"tokenizers"}
 HOUSE["plugins"] = HOUSE["compress"] | {"compress"}
 HOUSE["data"] = GROUND

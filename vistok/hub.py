@@ -239,7 +239,7 @@ def locate(source: str | Path) -> Path:
 
         repo = text.removeprefix(HUB_PREFIX)
         try:
-            return Path(snapshot_download(repo, allow_patterns=["*.json", "*.safetensors"]))
+            return Path(snapshot_download(repo, allow_patterns=["*.json", "*.safetensors", "prior.npz"]))
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as err:
             raise LoadError(f"{repo!r} could not be fetched from the hub and is not in its cache: {err}") from err
     path = Path(source)

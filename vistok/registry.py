@@ -58,7 +58,8 @@ class Weights:
         source: Where the figures stand.
     """
 
-    hub: str
+    hub: str = ""
+    shipped: str = ""
     filename: str = "model.safetensors"
     sha256: str | None = None
     model_id: str | None = None

@@ -10,16 +10,34 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from vistok.hub import write_atomic
 
+
+class Prior(Protocol):
+    """What the container needs of an entropy coder; see `vistok.codec.prior.Prior`."""
+
+    tokens: int
+
+    @property
+    def check(self) -> int:
+        """16 bits that name the prior."""
+
+    def encode(self, ids: Tensor) -> bytes:
+        """Ids of one picture as bytes."""
+
+    def decode(self, data: bytes, k: int) -> Tensor:
+        """Inverse of `encode` for k tokens."""
+
+
 MAGIC = b"VT"
 VERSION = 1
 FLAG_TEXT = 1
+FLAG_CODED = 2
 HEADER = struct.Struct(">2sBB4sHHHH")  # magic, version, flags, model id, H, W, K, CRC-16 of everything else
 
 
@@ -225,16 +243,18 @@ def _split(value: int, base: int, n: int) -> list[int]:
     return _split(low, base, half) + _split(high, base, n - half)
 
 
-def to_bytes(tokens: Tokens, model_id: str) -> bytes:
+def to_bytes(tokens: Tokens, model_id: str, prior: Prior | None = None) -> bytes:
     """One picture's tokens as a `.vtok` container.
 
-    16 bytes of header, big-endian: `VT`, version, flags (bit 0: a caption follows), 4 bytes of model id, height, width
-    and number of tokens K as u16, CRC-16 (CCITT, start 0) over everything else. Then, if flagged, a u16 length and the
-    caption in UTF-8; then the packed ids.
+    16 bytes of header, big-endian: `VT`, version, flags (bit 0: a caption follows; bit 1: entropy-coded), 4 bytes of
+    model id, height, width and number of tokens K as u16, CRC-16 (CCITT, start 0, or the prior's own 16 bits if
+    entropy-coded) over everything else. Then, if flagged, a u16 length and the caption in UTF-8; then the packed ids,
+    or the range coder's bytes where those are fewer.
 
     Args:
         tokens: A batch of one picture with ids.
         model_id: 8 hex digits that name the encoder's weights.
+        prior: The model's prior, for entropy coding; None packs the ids at their width.
 
     Raises:
         ValueError: More than one picture, no ids, ids outside the vocabulary, a number above 65,535, or a model id
@@ -250,8 +270,9 @@ def to_bytes(tokens: Tokens, model_id: str) -> bytes:
     height, width = tokens.size or (0, 0)
     if max(height, width, k) > 0xFFFF:
         raise ValueError(f"A container holds sizes and counts up to 65535, got {height}x{width} with {k} tokens.")
-    body = pack(tokens.ids[0, :k].cpu(), tokens.vocab)
-    flags = 0
+    body, flags, start = pack(tokens.ids[0, :k].cpu(), tokens.vocab), 0, 0
+    if prior is not None and k <= prior.tokens and len(coded := prior.encode(tokens.ids[0, :k].cpu())) < len(body):
+        body, flags, start = coded, FLAG_CODED, prior.check
     if tokens.text is not None:
         caption = tokens.text[0].encode()
         if len(caption) > 0xFFFF:
@@ -259,10 +280,17 @@ def to_bytes(tokens: Tokens, model_id: str) -> bytes:
         body = struct.pack(">H", len(caption)) + caption + body
         flags |= FLAG_TEXT
     head = HEADER.pack(MAGIC, VERSION, flags, bytes.fromhex(model_id), height, width, k, 0)[:-2]
-    return head + struct.pack(">H", binascii.crc_hqx(head + body, 0)) + body
+    return head + struct.pack(">H", binascii.crc_hqx(head + body, start)) + body
 
 
-def from_bytes(data: bytes, *, vocab: Sequence[int], model_id: str, grid: tuple[int, ...] | None = None) -> Tokens:
+def from_bytes(
+    data: bytes,
+    *,
+    vocab: Sequence[int],
+    model_id: str,
+    grid: tuple[int, ...] | None = None,
+    prior: Prior | None = None,
+) -> Tokens:
     """Read a `.vtok` container written by `to_bytes`.
 
     Args:
@@ -270,25 +298,33 @@ def from_bytes(data: bytes, *, vocab: Sequence[int], model_id: str, grid: tuple[
         vocab: Vocabulary of the model that is to decode it.
         model_id: 8 hex digits of that model.
         grid: Grid of the tokens, if the model has one.
+        prior: The model's prior; entropy-coded files cannot be read without.
 
     Raises:
-        ContainerError: Not a container, damaged, of a newer version, or written by another model.
+        ContainerError: Not a container, damaged, of a newer version, or written by another model or prior.
+        ImportError: The file is entropy-coded and the range coder is not installed.
     """
     if len(data) < HEADER.size or data[:2] != MAGIC:
         raise ContainerError("This is not a .vtok file (it does not start with a vistok header).")
     _, version, flags, found_id, height, width, k, crc = HEADER.unpack_from(data)
     head, body = data[: HEADER.size - 2], data[HEADER.size :]
-    if version != VERSION or flags & ~FLAG_TEXT:
+    if version != VERSION or flags & ~(FLAG_TEXT | FLAG_CODED):
         raise ContainerError(
             f"This .vtok file is of version {version}, flags {flags}; this vistok reads version {VERSION}."
         )
-    if binascii.crc_hqx(head + body, 0) != crc:
-        raise ContainerError(
-            "This .vtok file is damaged: its checksum does not fit (flipped bits or a truncated file)."
-        )
-    if found_id.hex() != model_id:
+    coded = bool(flags & FLAG_CODED)
+    if found_id.hex() != model_id and (coded or binascii.crc_hqx(head + body, 0) == crc):
         raise ContainerError(
             f"Model {found_id.hex()} wrote this .vtok file; the one given is {model_id}. Give the same weights."
+        )
+    if coded and prior is None:
+        raise ContainerError(
+            "This .vtok file is entropy-coded and the model given has no prior (prior.npz beside its weights)."
+        )
+    if binascii.crc_hqx(head + body, prior.check if coded and prior is not None else 0) != crc:
+        raise ContainerError(
+            "This .vtok file is damaged: its checksum does not fit (flipped bits or a truncated file)"
+            + (", or it was coded with another prior." if coded else ".")
         )
     text = None
     if flags & FLAG_TEXT:
@@ -296,20 +332,27 @@ def from_bytes(data: bytes, *, vocab: Sequence[int], model_id: str, grid: tuple[
         text = (body[2 : 2 + length].decode(errors="replace"),)
         body = body[2 + length :]
     try:
-        ids = unpack(body, k, vocab).unsqueeze(0)
+        ids = (prior.decode(body, k) if coded and prior is not None else unpack(body, k, vocab)).unsqueeze(0)
         return Tokens(ids=ids, vocab=tuple(vocab), grid=grid, size=(height, width) if height else None, text=text)
     except ValueError as err:
         raise ContainerError(f"This .vtok file is damaged: {err}") from err
 
 
-def save(tokens: Tokens, path: str | Path, model_id: str) -> int:
+def save(tokens: Tokens, path: str | Path, model_id: str, prior: Prior | None = None) -> int:
     """Write one picture's tokens as `path`, atomically; returns the number of bytes. See `to_bytes`."""
-    data = to_bytes(tokens, model_id)
+    data = to_bytes(tokens, model_id, prior)
     write_atomic(path, data)
     return len(data)
 
 
-def load(path: str | Path, *, vocab: Sequence[int], model_id: str, grid: tuple[int, ...] | None = None) -> Tokens:
+def load(
+    path: str | Path,
+    *,
+    vocab: Sequence[int],
+    model_id: str,
+    grid: tuple[int, ...] | None = None,
+    prior: Prior | None = None,
+) -> Tokens:
     """Read a `.vtok` file. See `from_bytes`; its errors start with the file's name here.
 
     Raises:
@@ -319,7 +362,7 @@ def load(path: str | Path, *, vocab: Sequence[int], model_id: str, grid: tuple[i
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no file {str(path)!r}.")
     try:
-        return from_bytes(Path(path).read_bytes(), vocab=vocab, model_id=model_id, grid=grid)
+        return from_bytes(Path(path).read_bytes(), vocab=vocab, model_id=model_id, grid=grid, prior=prior)
     except ContainerError as err:
         raise ContainerError(f"{path}: {err}") from err
 

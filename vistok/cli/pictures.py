@@ -42,6 +42,7 @@ def encode(
     """Turn pictures into .vtok files, one each."""
     from vistok import tokens as container
     from vistok.cli.show import progress
+    from vistok.codec import prior as codec
     from vistok.evaluate import lengths
     from vistok.evaluate.pixel import Psnr
     from vistok.image import find_pictures, read_batches
@@ -55,6 +56,7 @@ def encode(
         raise ValueError(f"{model} has continuous latents, which a .vtok file cannot hold. Use a model with ids.")
     tokens = lengths.most_tokens(tokenizer, size) if size is not None else tokens
     files.make_folders(places)
+    prior = tokenizer.prior if codec.available() else None
     broken, total, count, short = files.Broken(), 0, 0, 0
     with progress("encode", len(found)) as advance:
         for paths, images in read_batches(list(found), tokenizer.preprocess, batch, broken=broken.reasons):
@@ -63,11 +65,13 @@ def encode(
                 made, reached = lengths.shortest(tokenizer, made, images, Psnr(), psnr)
                 short += int((~reached).sum())
             for i, path in enumerate(paths):
-                total += container.save(made[i], places[path], tokenizer.model_id)
+                total += container.save(made[i], places[path], tokenizer.model_id, prior)
             count += len(paths)
             advance(count + len(broken.reasons))
     if count:
         typer.echo(f"{files.pictures(count)} -> {out}: {total} bytes, {total / count:g} each ({made[0]!r}).")
+    if count and tokenizer.prior is not None and prior is None:
+        typer.echo("Ids are packed at full width; pip install 'vistok[codec]' makes entropy-coded, smaller files.")
     if short:
         typer.echo(f"{files.pictures(short)} stay below {psnr:g} dB with all {tokenizer.num_tokens} tokens.")
     broken.finish()
@@ -176,10 +180,11 @@ def _read_tokens(
     part: list[tuple[Path, Tokens]] = []
     for path in paths:
         try:
-            one = container.load(path, vocab=tokenizer.quantizer.vocab_sizes, model_id=tokenizer.model_id)
+            vocab, name = tokenizer.quantizer.vocab_sizes, tokenizer.model_id
+            one = container.load(path, vocab=vocab, model_id=name, prior=tokenizer.prior)
             one = dataclasses.replace(one, grid=tokenizer.token_grid(one.size or tokenizer.preprocess.size))
             tokenizer.check_tokens(one)
-        except (OSError, ValueError) as err:
+        except (OSError, ValueError, ImportError) as err:
             broken.reasons[path] = str(err)
             continue
         if part and (len(part) == batch or _batch_key(part[0][1]) != _batch_key(one)):

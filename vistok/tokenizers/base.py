@@ -7,12 +7,14 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from vistok import hub
+from vistok.codec.prior import Prior
 from vistok.config import create
 from vistok.image import to_tensor
 from vistok.quantizers.base import Quantized
@@ -57,9 +59,11 @@ class Tokenizer(Sized):
         quantizer: The quantizer.
         num_tokens: Tokens per picture of the preprocessed size, K.
         probe_point: Where its authors probe it for classes, see `vistok.evaluate.probe`.
+        prior: What entropy coding of the ids goes by (`prior.npz` beside the weights), None if there is none.
     """
 
     nested: bool = False
+    prior: Prior | None = None
     num_tokens: int
     probe_point: ClassVar[str] = "features"
 
@@ -214,6 +218,13 @@ class Tokenizer(Sized):
             int64, (B,).
         """
         return 1 + (uniform * self.num_tokens).long()
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """See `hub.Saveable.save_pretrained`; the prior goes along."""
+        found = super().save_pretrained(folder)
+        if self.prior is not None:
+            self.prior.save(found)
+        return found
 
     # -- parts ---------------------------------------------------------------------------------------------------
 

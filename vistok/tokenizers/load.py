@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 
 from vistok import hub
+from vistok.assets import SHIPPED
+from vistok.codec.prior import Prior
+from vistok.codec.prior import read as read_prior
 from vistok.registry import list_names, nearest, registry
 from vistok.tokenizers.base import Tokenizer
 from vistok.tokenizers.official import FORMATS
@@ -56,7 +59,18 @@ def _load(source: str | Path, config_file: str | Path | None) -> Tokenizer:
         found = _from_official(config, tensors, str(source))
     if not isinstance(found, Tokenizer):
         raise hub.LoadError(f"{source} holds a {type(found).__name__}, not a tokenizer.")
+    found.prior = _prior(source)
     return found
+
+
+def _prior(source: str | Path) -> Prior | None:
+    """The entropy coder's prior of whatever `source` names; it stands beside weights in vistok's own format."""
+    preset = registry("tokenizer").presets.get(str(source))
+    if preset is not None and preset.weights is not None:
+        return read_prior(SHIPPED / preset.weights.shipped) if preset.weights.shipped else None
+    if str(source).startswith(hub.HUB_PREFIX):
+        return read_prior(hub.locate(source))
+    return read_prior(source)  # a file has nothing beside it
 
 
 def _read(source: str | Path, config_file: str | Path | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -68,6 +82,8 @@ def _read(source: str | Path, config_file: str | Path | None) -> tuple[dict[str,
             create_it = f"vistok.create('tokenizer', {source!r})"
             raise hub.LoadError(f"{source!r} has no published weights. Build it untrained with {create_it}.")
         weights = preset.weights
+        if weights.shipped:
+            return hub.read_folder(SHIPPED / weights.shipped)
         if not weights.hub:
             raise hub.LoadError(
                 f"The weights of {source!r} are on no hub. Download {weights.filename} (see {weights.source}) and load "

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vistok.codec.planes import PlanePrior
 from vistok.config import Of, Spec, create
 from vistok.image import Preprocess
 from vistok.layers.conv import to_map, to_sequence
@@ -272,6 +273,12 @@ class SpectralPlanes(Tokenizer):
         valid = torch.arange(codes.shape[1], device=codes.device) < lengths.unsqueeze(1)
         picture = self.code.synthesise(codes * valid.unsqueeze(-1))
         return picture + self.decoder(picture.to(self.decoder.head.weight.dtype), lengths)
+
+    def fit_prior(self, ids: Tensor) -> PlanePrior:
+        """The entropy coder's prior from the ids of many pictures, (B, K, G)."""
+        digits = self.quantizer.ids_to_codes(ids).cpu().numpy().astype(np.int8)
+        radix = round(math.log(self.quantizer.vocab_sizes[0], 3))
+        return PlanePrior.fit(digits, self.code.coefficient.cpu().numpy(), self.code.size, radix)
 
     def draw_lengths(self, uniform: Tensor) -> Tensor:
         """1 + floor(K u^1.5): every length occurs, short ones, which are harder, more often. int64, (B,)."""

@@ -1,0 +1,252 @@
+"""Priors over the ids of a picture, and the range coder that turns them into bytes.
+
+A prior gives every symbol of a token sequence a distribution in whole numbers, so that encoder and decoder agree on
+every machine. The coder is `constriction`'s range coder (extra `codec`). Trailing zero bytes are not stored.
+"""
+
+from __future__ import annotations
+
+import binascii
+import io
+import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vistok.hub import LoadError, write_atomic
+
+FILE = "prior.npz"
+TOTAL = 1 << 15
+"""Sum of the whole numbers of a distribution."""
+
+
+class CodecError(ImportError):
+    """The range coder is not installed."""
+
+
+def _constriction() -> Any:
+    try:
+        import constriction
+    except ImportError as err:
+        raise CodecError("Entropy-coded tokens need constriction: pip install 'vistok[codec]'.") from err
+    return constriction
+
+
+def available() -> bool:
+    """Whether the range coder is installed."""
+    try:
+        _constriction()
+    except CodecError:
+        return False
+    return True
+
+
+class Prior:
+    """What is known about ids before any are seen. A subclass implements `rounds`, `symbols`, `ids` and `arrays`.
+
+    Attributes:
+        kind: Name in the stored file.
+        tokens: Tokens of the longest code it knows.
+    """
+
+    kind: ClassVar[str]
+    kinds: ClassVar[dict[str, type[Prior]]] = {}
+    tokens: int
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        Prior.kinds[cls.kind] = cls
+
+    def symbols(self, ids: Tensor) -> np.ndarray:
+        """Ids (k,) or (k, G) of one picture -> the symbols that are coded, int32 (S,)."""
+        raise NotImplementedError
+
+    def ids(self, symbols: np.ndarray, k: int) -> Tensor:
+        """Inverse of `symbols`: int64 (k,) or (k, G)."""
+        raise NotImplementedError
+
+    def rounds(self, k: int, seen: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+        """Symbols that are coded at once, and their distributions in whole numbers (n, V) of sum `TOTAL`.
+
+        A generator over the S symbols of k tokens in order; `seen` (S,) holds the symbols of all earlier rounds by the
+        time the next one is asked for.
+        """
+        raise NotImplementedError
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What is stored; the keyword arguments of the constructor."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        return self.tokens
+
+    @property
+    def check(self) -> int:
+        """16 bits that name the prior."""
+        code = 0
+        for name, value in sorted(self.arrays().items()):
+            code = binascii.crc_hqx(name.encode() + np.ascontiguousarray(value).tobytes(), code)
+        return code
+
+    def encode(self, ids: Tensor) -> bytes:
+        """Ids of one picture as bytes.
+
+        Raises:
+            CodecError: constriction is not installed.
+            ValueError: More tokens than the prior knows.
+        """
+        stream = _constriction().stream
+        k = self._checked(len(ids))
+        symbols, coder = self.symbols(ids), stream.queue.RangeEncoder()
+        family = stream.model.Categorical(perfect=False)
+        for part, counts in self.rounds(k, symbols):
+            coder.encode(symbols[part], family, counts.astype(np.float32) / TOTAL)
+        return bytes(coder.get_compressed().astype("<u4").tobytes().rstrip(b"\0"))
+
+    def decode(self, data: bytes, k: int) -> Tensor:
+        """Inverse of `encode` for k tokens; bytes that no ids give lead to some other ids.
+
+        Raises:
+            CodecError: constriction is not installed.
+            ValueError: More tokens than the prior knows.
+        """
+        stream = _constriction().stream
+        words = np.frombuffer(data + bytes(-len(data) % 4 + 8), "<u4").astype(np.uint32)
+        coder, family = stream.queue.RangeDecoder(words), stream.model.Categorical(perfect=False)
+        seen = np.zeros(self.count(self._checked(k)), np.int32)
+        for part, counts in self.rounds(k, seen):
+            seen[part] = coder.decode(family, counts.astype(np.float32) / TOTAL)
+        return self.ids(seen, k)
+
+    def bits(self, ids: Tensor) -> np.ndarray:
+        """Ideal code length of every token, in bits, (k,): what the coder comes to within a few bits."""
+        symbols, k = self.symbols(ids), len(ids)
+        found = np.zeros(len(symbols))
+        for part, counts in self.rounds(k, symbols):
+            found[part] = np.log2(TOTAL / counts[np.arange(len(counts)), symbols[part]])
+        return found.reshape(k, self.count(1)).sum(1)
+
+    def count(self, k: int) -> int:
+        """Symbols of k tokens."""
+        raise NotImplementedError
+
+    def most_tokens(self, ids: Tensor, size: int) -> int:
+        """Most tokens whose code takes at most `size` bytes; 0 if not even one does."""
+        low, high = 0, len(ids)
+        while low < high:
+            middle = (low + high + 1) // 2
+            if len(self.encode(ids[:middle])) <= size:
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
+    def _checked(self, k: int) -> int:
+        if k > self.tokens:
+            raise ValueError(f"The prior knows codes of up to {self.tokens} tokens, these have {k}.")
+        return k
+
+    def save(self, folder: str | Path) -> Path:
+        """Write `prior.npz` beside a tokenizer's weights."""
+        data = io.BytesIO()
+        arrays: dict[str, Any] = self.arrays()
+        np.savez_compressed(data, kind=np.array(self.kind), **arrays)
+        write_atomic(Path(folder) / FILE, data.getvalue())
+        return Path(folder) / FILE
+
+
+def whole(weights: np.ndarray) -> np.ndarray:
+    """Positive weights (n, V) as whole numbers of sum `TOTAL`, none below 1, int64."""
+    count = weights.shape[-1]
+    if count > TOTAL // 2:
+        raise ValueError(f"A prior has at most {TOTAL // 2} symbols per position, got {count}.")
+    share = weights / weights.sum(-1, keepdims=True)
+    found = 1 + np.floor(share * (TOTAL - count)).astype(np.int64)
+    rows, best = np.arange(len(found)), found.argmax(-1)
+    found[rows, best] += TOTAL - found.sum(-1)
+    return found
+
+
+class PositionPrior(Prior):
+    """A distribution for every position and group, whatever stands elsewhere: fits any tokenizer.
+
+    Args:
+        counts: How often each id was seen, (K, G, V); smoothed by one half each.
+        vocab: Ids of each group, G entries; columns beyond a group's size are ignored.
+    """
+
+    kind = "position"
+
+    def __init__(self, *, counts: np.ndarray, vocab: np.ndarray) -> None:
+        self.counts, self.vocab, self.tokens = counts, vocab.astype(np.int64), len(counts)
+        outside = np.arange(counts.shape[-1]) >= self.vocab[:, None]  # (G, V)
+        self.table = whole(np.where(outside, 0.0, counts + 0.5).reshape(-1, counts.shape[-1]))
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """See `Prior.arrays`."""
+        return {"counts": self.counts, "vocab": self.vocab}
+
+    def count(self, k: int) -> int:
+        """See `Prior.count`."""
+        return k * len(self.vocab)
+
+    def symbols(self, ids: Tensor) -> np.ndarray:
+        """See `Prior.symbols`."""
+        return ids.cpu().numpy().astype(np.int32).reshape(-1)
+
+    def ids(self, symbols: np.ndarray, k: int) -> Tensor:
+        """See `Prior.ids`."""
+        shape = (k,) if len(self.vocab) == 1 else (k, len(self.vocab))
+        return torch.from_numpy(symbols.astype(np.int64)).reshape(shape)
+
+    def rounds(self, k: int, seen: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+        """See `Prior.rounds`: everything at once."""
+        yield slice(0, self.count(k)), self.table[: self.count(k)]
+
+    @classmethod
+    def fit(cls, ids: Tensor, vocab: Sequence[int]) -> PositionPrior:
+        """From the ids of many pictures, (B, K) or (B, K, G)."""
+        rows = (ids.unsqueeze(-1) if ids.ndim == 2 else ids).cpu().numpy()  # (B, K, G)
+        counts = np.zeros((*rows.shape[1:], max(vocab)), np.uint32)
+        place = np.indices(rows.shape[1:])
+        for row in rows:
+            np.add.at(counts, (*place, row), 1)
+        return cls(counts=counts, vocab=np.array(vocab))
+
+
+def fit(tokenizer: Any, ids: Tensor) -> Prior:
+    """The prior a tokenizer has a use for, from the ids of many pictures (B, K[, G]).
+
+    A tokenizer may make its own (`fit_prior`); all others get one distribution per position.
+
+    Raises:
+        ValueError: Continuous latents, or more ids than a table can hold.
+    """
+    vocab = tokenizer.quantizer.vocab_sizes
+    if not vocab or max(vocab) > TOTAL // 2:
+        raise ValueError(f"{tokenizer.registry_name} has no ids that a table of {TOTAL // 2} entries could hold.")
+    own = getattr(tokenizer, "fit_prior", None)
+    return own(ids) if own is not None else PositionPrior.fit(ids, vocab)
+
+
+def read(folder: str | Path) -> Prior | None:
+    """The prior beside a tokenizer's weights, None if there is none.
+
+    Raises:
+        LoadError: A damaged file or an unknown kind.
+    """
+    import vistok.codec.planes  # noqa: F401  (registers its kind)
+
+    path = Path(folder) / FILE
+    if not path.is_file():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        return Prior.kinds[str(arrays.pop("kind"))](**arrays)
+    except (OSError, ValueError, KeyError, TypeError, IndexError, zipfile.BadZipFile, EOFError) as err:
+        raise LoadError(f"{path} is no prior of vistok: {err}. Delete it to do without entropy coding.") from err
