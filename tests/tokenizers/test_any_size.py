@@ -88,3 +88,19 @@ def test_multi_scale_ids_do_not_lie_on_the_grid():
     same(tok.decode(tokens.ids, size=(60, 64)), tok.decode(tokens))
     with pytest.raises(ValueError, match="quantises a 4x4 grid"):
         tok.encode(torch.rand(1, 3, 96, 64))
+
+
+def test_the_command_line_keeps_whole_pictures(tmp_path, photos, capsys):
+    from PIL import Image
+
+    from vistok.cli import run
+
+    vistok.create("tokenizer", "wetok_tiny").eval().save_pretrained(tmp_path / "model")
+    Image.open(photos[0]).resize((45, 30)).save(tmp_path / "a.png")
+    model, out = str(tmp_path / "model"), str(tmp_path / "out")
+    assert run(["encode", model, str(tmp_path / "a.png"), "--out", out, "--whole"]) == 0
+    assert run(["decode", model, f"{out}/a.vtok", "--out", out]) == 0
+    assert Image.open(f"{out}/a.png").size == (45, 30)
+    vistok.create("tokenizer", "titok_tiny").eval().save_pretrained(tmp_path / "fixed")
+    assert run(["encode", str(tmp_path / "fixed"), str(tmp_path / "a.png"), "--out", f"{out}2", "--whole"]) == 2
+    assert "one size only" in capsys.readouterr().err

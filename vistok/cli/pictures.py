@@ -22,6 +22,7 @@ Batch = Annotated[int, typer.Option(min=1, help="Pictures at once.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; the first GPU if there is one by default.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace results that exist.")]
 Caption = Annotated[str | None, typer.Option(help="Caption of the pictures, for tokenizers that read text.")]
+Whole = Annotated[bool, typer.Option("--whole", help="Keep each picture's own size, for models that take any.")]
 GRID_PAIRS = 16
 
 
@@ -35,6 +36,7 @@ def encode(
     ] = None,
     psnr: Annotated[float | None, typer.Option(help="Fewest tokens that reach this many dB, per picture.")] = None,
     caption: Caption = None,
+    whole: Whole = False,
     batch: Batch = 16,
     device: Device = "",
     overwrite: Overwrite = False,
@@ -51,7 +53,7 @@ def encode(
         raise typer.BadParameter("--tokens, --bytes and --psnr exclude each other.")
     found = files.collect(sources, find_pictures)
     places = files.targets(found, out, ".vtok", overwrite=overwrite)
-    tokenizer = load(model, device)
+    tokenizer = load(model, device, whole=whole)
     if not tokenizer.quantizer.vocab_sizes:
         raise ValueError(f"{model} has continuous latents, which a .vtok file cannot hold. Use a model with ids.")
     tokens = lengths.most_tokens(tokenizer, size) if size is not None else tokens
@@ -112,6 +114,7 @@ def reconstruct(
     out: Out,
     tokens: Annotated[str, typer.Option(help="Token counts, e.g. 16,64, for nested tokenizers.")] = "",
     caption: Caption = None,
+    whole: Whole = False,
     batch: Batch = 16,
     device: Device = "",
     overwrite: Overwrite = False,
@@ -130,7 +133,7 @@ def reconstruct(
     for targets in places.values():
         files.refuse_shared(grid, "the ladder" if len(counts) > 1 else "the comparison", targets)
     files.refuse_existing([grid], overwrite=overwrite)
-    tokenizer = load(model, device)
+    tokenizer = load(model, device, whole=whole)
     files.make_folders(next(iter(places.values())))
     broken, done = files.Broken(), 0
     with progress("reconstruct", len(found)) as advance:
@@ -157,8 +160,8 @@ def reconstruct(
     broken.finish()
 
 
-def load(model: str, device: str) -> Tokenizer:
-    """The tokenizer an argument names, on the device an option names."""
+def load(model: str, device: str, *, whole: bool = False) -> Tokenizer:
+    """The tokenizer an argument names, on the device an option names; `whole`: pictures keep their own size."""
     import torch
 
     from vistok.tokenizers.load import load as load_tokenizer
@@ -168,7 +171,12 @@ def load(model: str, device: str) -> Tokenizer:
         torch.zeros(1, device=where).item()
     except (RuntimeError, AssertionError, NotImplementedError) as err:  # no driver, no such card, no memory behind it
         raise typer.BadParameter(f"--device: {device!r} cannot be used on this machine. Try cpu or cuda.") from err
-    return load_tokenizer(model, device=where)
+    found = load_tokenizer(model, device=where)
+    if whole and found.multiple is None:
+        raise ValueError(f"{model} takes pictures of one size only, so --whole does not go with it.")
+    if whole:
+        found.preprocess = dataclasses.replace(found.preprocess, crop="none")
+    return found
 
 
 def _read_tokens(
