@@ -1,1 +1,1 @@
-"""Families of host models: where text model, tower, placeholders and features are. One small file each."""
+"""Families of host models (where text model, tower, placeholders and features are) and kinds of vision transformers."""
