@@ -89,7 +89,7 @@ def run(
 
     try:
         finest = 2 * max(evaluations)
-        reference = decode("heun", finest)
+        reference = decode("midpoint", finest)
         rows = []
         for sampler in samplers:
             for budget in evaluations:
@@ -108,7 +108,7 @@ def run(
         tokens=made.num_tokens,
         guidance=guidance,
         rows=rows,
-        reference=f"heun, {finest} steps",
+        reference=f"midpoint, {finest} steps",
     )
 
 
