@@ -2,6 +2,7 @@
 
     python recipes/get_data.py --set photos DIR        # photographs and paintings under free licences, for training
     python recipes/get_data.py --set lessons DIR       # small photographs of GCompris under free licences, for training
+    python recipes/get_data.py --set heldout DIR       # 24 photographs no training set has, for measuring only
     python recipes/get_data.py --set wallpapers DIR    # large photographs of desktop wallpapers
     python recipes/get_data.py --set stamps DIR        # Tux Paint stamps with captions; folders are classes (GPL-2+)
     python recipes/get_data.py --set clipart DIR       # openclipart with titles (public domain)
@@ -226,6 +227,21 @@ def wallpapers(work: Path) -> Iterator[Found]:
         yield Found(file, f"mate-{slug(file)}", "GPL-2+", "Debian mate-backgrounds")
 
 
+MATE = "Aqua Blinds Dune FreshFlower Garden GreenMeadow LadyBird RainDrops Storm TwoWings Wood YellowFlower"
+OPENCV = "aero1 aloeL baboon board building butterfly fruits home leuvenA squirrel_cls hfs/data/000 hfs/data/002"
+
+
+def heldout(work: Path) -> Iterator[Found]:
+    """The 24 whole pictures the shipped tokenizer is measured on, chosen before it was trained; never train on them."""
+    mate = debian("mate-backgrounds", work) / "usr" / "share" / "backgrounds" / "mate" / "nature"
+    for name in MATE.split():
+        yield Found(mate / f"{name}.jpg", f"mate-{name}", "GPL-2+", "Debian mate-backgrounds")
+    opencv = debian("opencv-doc", work) / "usr" / "share" / "doc" / "opencv-doc" / "examples"
+    for name in OPENCV.split():
+        file = opencv / f"{name if '/' in name else 'data/' + name}.jpg"
+        yield Found(file, f"opencv-{slug(file)}", "unclear, for measuring only", "Debian opencv-doc")
+
+
 def stamps(work: Path) -> Iterator[Found]:
     """Photo-like Tux Paint stamps with their English captions; the folder is the class."""
     drawn = re.compile("cartoon|symbols|roadsigns|flags|outline|clothes|easter|hanukkah|halloween|christmas|newyears")
@@ -286,6 +302,7 @@ SETS: dict[str, Callable[[Path], Iterator[Found]]] = {
     "stamps": stamps,
     "clipart": clipart,
     "lessons": lessons,
+    "heldout": heldout,
     "wallpapers": wallpapers,
     "photos": photos,
 }

@@ -24,6 +24,9 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace results th
 Caption = Annotated[str | None, typer.Option(help="Caption of the pictures, for tokenizers that read text.")]
 Whole = Annotated[bool, typer.Option("--whole", help="Keep each picture's own size, for models that take any.")]
 GRID_PAIRS = 16
+DEFAULT = "spectral_planes_128.free"
+"""The tokenizer whose weights come with the package."""
+PICTURES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"})
 
 
 def encode(
@@ -109,9 +112,11 @@ def decode(
 
 
 def reconstruct(
-    model: Model,
-    sources: Sources,
-    out: Out,
+    words: Annotated[
+        list[str],
+        typer.Argument(metavar="[MODEL] FILES...", help=f"Files, folders, patterns; MODEL is {DEFAULT} if none."),
+    ],
+    out: Out = Path("reconstructions"),
     tokens: Annotated[str, typer.Option(help="Token counts, e.g. 16,64, for nested tokenizers.")] = "",
     caption: Caption = None,
     whole: Whole = False,
@@ -124,6 +129,9 @@ def reconstruct(
     from vistok.evaluate.grid import save_grid, save_ladder
     from vistok.image import find_pictures, read_batches, save_png, to_pictures
 
+    model, sources = (DEFAULT, words) if Path(words[0]).suffix.lower() in PICTURES else (words[0], words[1:])
+    if not sources:
+        raise typer.BadParameter(f"There are no pictures: give files, folders or patterns after the model {model!r}.")
     found = files.collect(sources, find_pictures)
     lengths = list(dict.fromkeys(files.numbers(tokens, "--tokens")))
     counts: list[int | None] = [*lengths] or [None]

@@ -64,6 +64,10 @@ def evaluate(
         probing.Pool, typer.Option(help="Features of a picture: mean over tokens, or all of them.")
     ] = probing.Pool.mean,
     tokens: Annotated[int | None, typer.Option(min=1, help="Tokens per picture, for nested tokenizers.")] = None,
+    rate_distortion: Annotated[
+        bool, typer.Option("--rate-distortion", help="Compare a nested model with JPEG, WebP and AVIF at equal bytes.")
+    ] = False,
+    budgets: Annotated[str, typer.Option(help="Bytes of whole files for --rate-distortion.")] = "64,112,208,256",
     caption: Caption = None,
     lengths: Annotated[
         str, typer.Option(help="Token counts to decode the same tokens at besides, e.g. 1,4,16,64 (nested tokenizers).")
@@ -83,7 +87,8 @@ def evaluate(
 
     launch.start_missing_processes()
 
-    asked = {"metrics.json": data, probing.FILE: probe}
+    figures = "rate_distortion.json" if rate_distortion else "metrics.json"
+    asked = {figures: data, probing.FILE: probe}
     files.refuse_existing([out / name for name, wanted in asked.items() if wanted], overwrite=overwrite)
     found = list(files.collect(files.listed(data), find_pictures))
     first = True
@@ -92,7 +97,10 @@ def evaluate(
         device, first = str(state.device), state.is_main_process
     tokenizer = load(model, device)
     broken = files.Broken()
-    if found:
+    if found and rate_distortion:
+        if first:
+            _compare(tokenizer, found, out, files.numbers(budgets, "--budgets"), model)
+    elif found:
         names = files.listed(metrics)
         options: dict[str, Any] = {
             "lengths": files.numbers(lengths, "--lengths"),
@@ -108,6 +116,23 @@ def evaluate(
             tokenizer, probe, out, point=point, pool=pool, num_tokens=tokens, batch=batch, name=model
         )
     broken.finish()
+
+
+def _compare(tokenizer: Tokenizer, found: list[Path], out: Path, budgets: list[int], name: str) -> None:
+    """Rate and distortion beside the codecs. See `evaluate.rate_distortion.run`."""
+    from vistok.cli.show import Rows
+    from vistok.evaluate.rate_distortion import run
+
+    result = run(tokenizer, found, out=out, budgets=budgets, name=name)
+    columns = list(result.rows[0])
+    cells = [
+        ["-" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v) for v in r.values()] for r in result.rows
+    ]
+    Rows((columns[0], *(f"{c}>" for c in columns[1:])), cells).print()
+    for what, why in result.skipped.items():
+        typer.echo(f"Left out, {what}: {why}")
+    for path in result.files.values():
+        typer.echo(f"Wrote {path}")
 
 
 def _measure(tokenizer: Tokenizer, found: list[Path], out: Path, *, first: bool, **options: Any) -> dict[Path, str]:

@@ -222,9 +222,46 @@ class EfficientNetDistance(FrechetMetric):
 
     def features(self, pictures: Tensor) -> Tensor:
         """The 1280 pooled features, (B, 1280)."""
-        x = F.interpolate(pictures.float() / 255.0, size=(224, 224), mode="bicubic", antialias=True).clamp(0.0, 1.0)
-        network: Any = self.network
-        return network.forward_head(network.forward_features((x - 0.5) / 0.5), pre_logits=True)
+        return _pooled(self.network, pictures.float() / 255.0)
+
+
+@register("metric", "effnet_cosine")
+class EfficientNetCosine(Metric):
+    """Cosine between the 1280 pooled EfficientNet-Lite0 features of a reconstruction and of its original.
+
+    A measure of kept meaning that works offline; pictures are resized to 224 x 224 (bicubic, antialias).
+
+    Args:
+        rounding: Round to the 256 values a saved picture has before measuring.
+        weights: The weight file of the carrier package, None looks for it.
+
+    Raises:
+        AssetError: No weights on this machine; the message lists where they can come from.
+    """
+
+    title = "EfficientNet-Lite0 cosine"
+    higher_is_better = True
+    span = (-1.0, 1.0)
+    least = SMALLEST_SIDE
+    definition = "cosine of EfficientNet-Lite0 pooled features at 224 px"
+
+    def __init__(self, *, rounding: bool = True, weights: Path | None = None) -> None:
+        super().__init__(rounding=rounding)
+        path = assets.find("efficientnet_lite0", weights)
+        self.weights_sha256 = assets.sha256(path)
+        self.network = _effnet_lite0(path)
+        freeze(self)
+
+    def measure(self, reconstruction: Tensor, target: Tensor) -> Tensor:
+        """See `Metric.measure`."""
+        return F.cosine_similarity(*(_pooled(self.network, x) for x in (reconstruction, target)), dim=1)
+
+
+def _pooled(network: Any, pictures: Tensor) -> Tensor:
+    """Features (B, 1280) of pictures (B, 3, H, W) in [0, 1]."""
+    x = F.interpolate(pictures, size=(224, 224), mode="bicubic", antialias=True).clamp(0.0, 1.0)
+    found: Tensor = network.forward_head(network.forward_features((x - 0.5) / 0.5), pre_logits=True)
+    return found
 
 
 def _inception(path: Path) -> Any:

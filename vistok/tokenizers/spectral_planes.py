@@ -17,7 +17,7 @@ from vistok.layers.conv import to_map, to_sequence
 from vistok.layers.exact import KeepFloat32
 from vistok.layers.transformer import Transformer
 from vistok.quantizers.base import Quantizer
-from vistok.registry import preset, register
+from vistok.registry import Weights, preset, register
 from vistok.tokenizers.base import Tokenizer
 from vistok.tokenizers.spectral_titok import OPPONENT, ConvBlock, dct_matrix, expected_power
 from vistok.tokenizers.titok import SIZES, Size, SizeName, initialise
@@ -296,6 +296,28 @@ preset(
         "decoder": {"width": 64, "depth": 2, "heads": 2},
         "channels": 32,
         "blocks": 1,
+        "quantizer": {"name": "ternary", "dim": 42, "groups": 6},
+    },
+)
+preset(
+    "tokenizer",
+    "spectral_planes_128.free",
+    builder="spectral_planes",
+    weights=Weights(
+        shipped="spectral_planes_128",
+        model_id="b5c45589",
+        licence_code="Apache-2.0",
+        licence_weights="Apache-2.0; pictures CC0, public domain, CC-BY and CC-BY-SA (see vistok/weights/NOTICE.md)",
+        trained_on="178 free photographs and paintings (recipes/get_data.py --set photos,lessons)",
+        source="vistok/weights/spectral_planes_128/README.md",
+    ),
+    config={
+        "image_size": 128,
+        "patch_size": 16,
+        "num_tokens": 256,
+        "decoder": {"width": 256, "depth": 4, "heads": 8},
+        "channels": 64,
+        "blocks": 3,
         "quantizer": {"name": "ternary", "dim": 42, "groups": 6},
     },
 )

@@ -1,0 +1,261 @@
+"""Rate and distortion: a nested tokenizer against JPEG, WebP and AVIF at equal bytes, headers counted for all."""
+
+from __future__ import annotations
+
+import io
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vistok.evaluate import protocol, report
+from vistok.evaluate.metric import Metric, build_metrics
+from vistok.hub import write_atomic
+from vistok.image import read_batches, to_uint8
+from vistok.tokenizers.base import Tokenizer
+from vistok.tokens import to_bytes
+
+SCALES = (1, 2, 4, 8)
+CODECS: dict[str, dict[str, Any]] = {
+    "JPEG": {"format": "JPEG", "optimize": True, "qualities": (*range(1, 21), *range(22, 96, 4))},
+    "WebP": {"format": "WEBP", "method": 6, "qualities": (*range(0, 21), *range(22, 101, 4))},
+    "AVIF": {"format": "AVIF", "speed": 6, "qualities": (*range(0, 61, 3), *range(65, 96, 10))},
+}
+METRICS = ("psnr", "ssim", "lpips_alex", "lpips_vgg", "dists", "effnet_cosine")
+BUDGETS = (64, 112, 208, 256)
+SHOWN = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class RateDistortion:
+    """What was found.
+
+    Attributes:
+        pictures: Pictures measured.
+        rows: One per coder and budget: `coder`, `bytes` (the budget), `fit` (pictures for which a file fits),
+            `mean_bytes` (of the files) and the metrics, means over the pictures that fit; None where not all fit.
+        skipped: Metric or codec -> why it was left out.
+        saving: Mean bytes of a full code packed and entropy-coded, empty without a prior.
+        files: What was written.
+    """
+
+    pictures: int
+    rows: list[dict[str, Any]]
+    skipped: dict[str, str]
+    saving: dict[str, float]
+    files: dict[str, Path]
+
+
+def codec_candidates(picture: np.ndarray, codec: str, largest: int) -> list[tuple[int, np.ndarray]]:
+    """All files of a codec of at most `largest` bytes, over qualities and scales: (bytes, decoded at full size).
+
+    A scaled picture is shrunk with Lanczos before coding and enlarged with bicubic afterwards.
+
+    Args:
+        picture: uint8, (H, W, 3).
+        codec: A key of `CODECS`.
+        largest: Bytes of the whole file.
+
+    Raises:
+        OSError: This Pillow was built without the codec.
+    """
+    from PIL import Image
+
+    options = {k: v for k, v in CODECS[codec].items() if k != "qualities"}
+    full, found = Image.fromarray(picture), []
+    for scale in SCALES:
+        size = (max(1, full.width // scale), max(1, full.height // scale))
+        small = full if scale == 1 else full.resize(size, Image.Resampling.LANCZOS)
+        for quality in CODECS[codec]["qualities"]:
+            file = io.BytesIO()
+            small.save(file, quality=quality, **options)
+            if file.tell() > largest:
+                break  # the next quality is no smaller
+            decoded = Image.open(file).convert("RGB")
+            if scale > 1:
+                decoded = decoded.resize(full.size, Image.Resampling.BICUBIC)
+            found.append((file.tell(), np.asarray(decoded)))
+    return found
+
+
+def best_that_fits(picture: np.ndarray, files: Sequence[tuple[int, np.ndarray]], budget: int) -> Any:
+    """The file of the highest PSNR among those of at most `budget` bytes; None if there is none."""
+    fitting = [f for f in files if f[0] <= budget]
+    error = [float(((f[1].astype(np.float64) - picture) ** 2).mean()) for f in fitting]
+    return fitting[int(np.argmin(error))] if fitting else None
+
+
+def tokens_that_fit(ids: Tensor, make: Callable[[int], bytes], budget: int) -> int:
+    """Most tokens of one picture whose `.vtok` file has at most `budget` bytes; 0 if not one does."""
+    low, high = 0, len(ids)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if len(make(middle)) <= budget else (low, middle - 1)
+    return low
+
+
+@torch.no_grad()
+def run(
+    tokenizer: Tokenizer,
+    pictures: Sequence[Path],
+    *,
+    out: Path,
+    budgets: Sequence[int] = BUDGETS,
+    metrics: Sequence[str] = METRICS,
+    codecs: Sequence[str] = tuple(CODECS),
+    name: str = "",
+    command: str = "",
+) -> RateDistortion:
+    """Code every picture with everything at every budget; write `rate_distortion.json`, a page and the curves.
+
+    The tokenizer writes its whole `.vtok` file, entropy-coded where it has a prior and the range coder is installed,
+    with as many tokens as fit. A codec gets, for every picture, the quality and scale of the best PSNR among the whole
+    files that fit. All are measured on the pictures as the tokenizer's preprocessing cuts them, rounded to 8 bits.
+
+    Raises:
+        ValueError: A tokenizer that is not nested, or no picture that could be read.
+    """
+    if not tokenizer.nested or not tokenizer.quantizer.vocab_sizes:
+        raise ValueError(f"{name or tokenizer.registry_name} has one length only: a rate needs a nested tokenizer.")
+    broken: dict[Path, str] = {}
+    batches = [images for _, images in read_batches(pictures, tokenizer.preprocess, 16, broken=broken)]
+    if not batches:
+        raise ValueError(f"There is no picture to evaluate on ({'; '.join(broken.values()) or 'the list is empty'}).")
+    originals = torch.cat(batches)
+    built, skipped = build_metrics(metrics, size=tokenizer.preprocess.size)
+    skipped |= {str(path): why for path, why in broken.items()}
+    ours, saving = _ours(tokenizer, originals, budgets)
+    coded = {name or tokenizer.registry_name: ours}
+    for codec in codecs:
+        try:
+            coded[codec] = _theirs(originals, codec, budgets)
+        except (OSError, KeyError) as err:
+            skipped[codec] = f"this Pillow cannot write it ({err})"
+    rows = [_row(coder, b, found[b], originals, built) for coder, found in coded.items() for b in budgets]
+    used = [p for p in pictures if p not in broken]
+    facts = protocol.collect(
+        data=protocol.data_facts("pictures", used),
+        model=protocol.model_facts(tokenizer, name or tokenizer.registry_name),
+        preprocess=tokenizer.preprocess,
+        metrics=built,
+        command_line=command or None,
+        settings={"budgets": list(budgets), "scales": SCALES, "codec settings": {k: str(v) for k, v in CODECS.items()}},
+    )
+    files = {"json": out / "rate_distortion.json", "page": out / "rate_distortion.html", "curves": out / "curves.png"}
+    result = RateDistortion(pictures=len(originals), rows=rows, skipped=skipped, saving=saving, files=files)
+    _write(result, coded, originals, built, facts)
+    return result
+
+
+Coded = dict[int, list[tuple[int, Tensor] | None]]
+"""Budget -> per picture the bytes of the file and the decoded picture (3, H, W) in [0, 1], None where none fits."""
+
+
+def _ours(tokenizer: Tokenizer, originals: Tensor, budgets: Sequence[int]) -> tuple[Coded, dict[str, float]]:
+    from vistok.codec.prior import available
+
+    prior = tokenizer.prior if available() else None
+    found: Coded = {b: [] for b in budgets}
+    packed, coded = [], []
+    for image in originals:
+        tokens = tokenizer.encode(image[None].to(tokenizer.device))
+
+        def make(k: int, tokens: Any = tokens) -> bytes:
+            return to_bytes(tokens[:, :k], tokenizer.model_id, prior)
+
+        for b in budgets:
+            k = tokens_that_fit(tokens.ids[0], make, b)
+            rebuilt = tokenizer.decode(tokens[:, :k])[0].cpu() if k else None
+            found[b].append(None if rebuilt is None else (len(make(k)), rebuilt))
+        packed.append(len(to_bytes(tokens, tokenizer.model_id)))
+        coded.append(len(make(tokens.num_tokens)))
+    saving = {"packed_bytes": statistics.mean(packed), "coded_bytes": statistics.mean(coded)}
+    return found, saving if prior is not None else {}
+
+
+def _theirs(originals: Tensor, codec: str, budgets: Sequence[int]) -> Coded:
+    found: Coded = {b: [] for b in budgets}
+    for image in to_uint8(originals).permute(0, 2, 3, 1).numpy():
+        files = codec_candidates(image, codec, max(budgets))
+        for b in budgets:
+            best = best_that_fits(image, files, b)
+            decoded = None if best is None else torch.from_numpy(best[1].copy()).permute(2, 0, 1).float() / 255
+            found[b].append(None if best is None or decoded is None else (best[0], decoded))
+    return found
+
+
+def _row(coder: str, budget: int, coded: Any, originals: Tensor, metrics: dict[str, Metric]) -> dict[str, Any]:
+    fit = [i for i, c in enumerate(coded) if c is not None]
+    row: dict[str, Any] = {"coder": coder, "bytes": budget, "fit": len(fit), "mean_bytes": None}
+    row |= dict.fromkeys(metrics)
+    if len(fit) == len(coded):
+        row["mean_bytes"] = statistics.mean(c[0] for c in coded)
+        rebuilt = torch.stack([c[1] for c in coded])
+        for name, metric in metrics.items():
+            metric.reset()
+            for x, y in zip(rebuilt.split(8), originals.split(8)):
+                metric.update(x, y)
+            row[name] = metric.compute()
+    return row
+
+
+def _write(
+    result: RateDistortion, coded: dict[str, Coded], originals: Tensor, metrics: dict[str, Metric], facts: Any
+) -> None:
+    files = result.files
+    files["json"].parent.mkdir(parents=True, exist_ok=True)
+    table = {k: v for k, v in vars(result).items() if k != "files"}
+    write_atomic(files["json"], json.dumps({**table, "protocol": facts}, indent=1).encode())
+    curves = [
+        report.Curve(
+            title=metric.title,
+            series={
+                coder: [(r["bytes"], r[name]) for r in result.rows if r["coder"] == coder and r[name] is not None]
+                for coder in coded
+            },
+            x_label="bytes",
+            unit=metric.unit,
+            log=False,
+        )
+        for name, metric in metrics.items()
+    ]
+    drawn = [c for c in curves if any(len(points) > 0 for points in c.series.values())]
+    report.save_curves(files["curves"], drawn)
+    examples = []
+    for coder, found in coded.items():
+        for budget, pictures in found.items():
+            for i, entry in enumerate(pictures[:SHOWN]):
+                if entry is not None:
+                    note = f"{coder}, {entry[0]} of {budget} bytes"
+                    examples.append(
+                        report.Example.of(f"{i:02d} {budget:5d} {coder}", originals[i], entry[1], note=note)
+                    )
+    columns = ("coder", "bytes", "files that fit", "mean bytes", *(m.title for m in metrics.values()))
+    rows = [
+        ["-" if v is None else f"{v:.4f}" if isinstance(v, float) else v for v in row.values()] for row in result.rows
+    ]
+    notes = [
+        "A row with '-' has no file of that size for some of the pictures: no comparison is made, and none is won."
+    ]
+    if result.saving:
+        notes.append(
+            "Entropy coding: {packed_bytes:.0f} bytes packed, {coded_bytes:.0f} coded.".format(**result.saving)
+        )
+    notes += [f"Left out, {what}: {why}" for what, why in result.skipped.items()]
+    report.write_page(
+        files["page"],
+        title=f"{facts['model']['name']}: rate and distortion on {result.pictures} pictures",
+        command=str(facts["command"]),
+        subtitle="whole files, headers counted for all",
+        gallery=sorted(examples, key=lambda e: e.name),
+        curves=drawn,
+        tables=[report.Table(title="At equal bytes", columns=columns, rows=rows)],
+        protocol=facts,
+        notes=notes,
+    )
