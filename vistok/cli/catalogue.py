@@ -101,7 +101,7 @@ def _figures(weights: Weights) -> str:
 
 def _weights_lines(weights: Weights) -> list[tuple[str, str]]:
     lines = [
-        ("hub", f"{weights.hub}, {weights.filename}"),
+        ("hub", f"{weights.hub or 'none'}, {weights.filename}"),
         ("trained on", weights.trained_on),
         ("published", _figures(weights)),
         ("source", weights.source),
