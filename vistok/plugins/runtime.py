@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from vistok.compress.method import Cut, Method
 from vistok.compress.reduction import take
@@ -121,7 +122,7 @@ class Runtime:
             return None
         with torch.no_grad():
             real = real_tokens(kwargs.get("attention_mask"), embeds.shape[0], embeds.shape[1], embeds.device)
-            handover = _expanded(handover, len(real))
+            handover = _expanded(handover, *real.shape)
             columns = build(prompt, real, handover.pop("protect", None))
             call = Call(depth=self.depth, start=columns, scope=self.method.scope, restore=self.labelled, **handover)
             view = call.view(columns, hidden=embeds)
@@ -273,15 +274,24 @@ class Runtime:
         call.transitions.scatter_add_(1, columns.index, term)
 
 
-def _expanded(handover: dict[str, Any], batch: int) -> dict[str, Any]:
-    """What the packer told about each sample, for as many beams or returned sequences as there are."""
-    if "before" not in handover or len(handover["before"]) == batch:
+def _expanded(handover: dict[str, Any], batch: int, length: int) -> dict[str, Any]:
+    """What the packer told about each sample, for as many beams or returned sequences as there are.
+
+    Without a cache every step runs the whole sequence: columns after the prompt are new tokens.
+    """
+    if "before" not in handover:
         return dict(handover)
     times = batch // len(handover["before"])
-    return {
+    found = {
         k: v.repeat_interleave(times, 0) if isinstance(v, Tensor) else [row for row in v for _ in range(times)]
         for k, v in handover.items()
     }
+    new = length - found["source"].shape[1]
+    if new > 0:
+        steps = torch.arange(1, new + 1, device=found["source"].device)
+        found["source"] = torch.cat([found["source"], found["source"][:, -1:] + steps], dim=1)
+        found["protect"] = F.pad(found["protect"], (0, new))
+    return found
 
 
 class LayerHook:
