@@ -92,6 +92,9 @@ def test_a_budget_too_small_for_crops_keeps_the_overview():
     blocks = [Block(columns=torch.arange(16), grid=(4, 4)), Block(columns=torch.arange(64), grid=(8, 8))]
     assert small_side(4, (100, 100), (2, 2), 80, blocks) == (4, True)
     assert small_side(4, (100, 100), (2, 2), 79, blocks) == (3, True)
+    shrunk = [blocks[0], Block(columns=torch.arange(36), grid=(6, 6))]
+    assert small_side(4, (100, 100), (2, 2), 52, shrunk) == (4, True)
+    assert small_side(4, (100, 100), (2, 2), 51, shrunk) == (3, True)
     assert small_side(4, (100, 100), (2, 2), 4, blocks) == (2, False)
 
 
@@ -102,3 +105,31 @@ def test_encoded_pictures_cannot_be_made_smaller():
     rest = {k: v for k, v in inputs.items() if k != "pixel_values"}
     with attach(found.model, "downsample") as plugin, pytest.raises(ValueError, match="Give pixels"):
         plugin.prepare({**rest, "mm_encoder_outputs": outputs})
+
+
+def test_a_mosaic_that_the_host_shrinks_stays_as_it_is_at_full_size():
+    found = zoo.HOSTS["llava_onevision"]()
+    found.model.config.vision_aspect_ratio = "anyres_max_1"
+    inputs = found.prompt([(1, [("image", 1)]), (2, [("image", 3)])])
+    plain = logits_of(found, inputs)
+    with attach(found.model, "downsample", keep=1.0):
+        torch.testing.assert_close(logits_of(found, inputs), plain, atol=1e-5, rtol=0)
+    with attach(found.model, "downsample", keep=20) as plugin:
+        assert logits_of(found, inputs).isfinite().all()
+        assert all(left < sum(full) for left, full in zip(plugin.trace.image[0], plugin.trace.images))
+
+
+@pytest.mark.parametrize("size", [(30, 112), (112, 20), (10, 200), (3, 300)])
+@pytest.mark.parametrize("method", ["downsample", "globalcom2", "visionzip", "hired"])
+def test_pictures_that_padding_nearly_fills(method, size):
+    found = host("llava_next")
+    inputs: dict[str, Any] = {"image_sizes": torch.tensor([size])}
+    tiles = found.family.tiles(found.model, inputs)[0]
+    inputs["pixel_values"] = hosts.picture(1, tiles, 3, 56, 56)
+    length = len(found.family.encode(found.model, inputs)["image"].pooler_output[0])
+    ids = torch.tensor([[1, 2, *[hosts.IMAGE] * length, 3]])
+    inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    for keep in (0.25, 2, 20):
+        with attach(found.model, method, keep=keep) as plugin:
+            assert logits_of(found, inputs).isfinite().all()
+            assert plugin.trace.image[0][0] < length or keep == 20

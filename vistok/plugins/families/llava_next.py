@@ -64,7 +64,9 @@ def crop_edges(block: Block, size: tuple[int, int], layout: tuple[int, int], sid
 def small_side(
     side: int, size: tuple[int, int], layout: tuple[int, int], count: int, blocks: list[Block]
 ) -> tuple[int, bool]:
-    """Side of the tiles with which a picture has at most `count` tokens, and whether its crops are used at all.
+    """Side of the tiles with which a picture has at most `count` tokens, and whether its crops are used.
+
+    The full side with crops means the picture as it is.
 
     Args:
         side: Of the full tiles, in tokens.
@@ -73,16 +75,13 @@ def small_side(
         count: Tokens allowed, newlines not counted.
         blocks: Grids of the full picture.
     """
-    for small in range(side, 0, -1):
-        tokens = small**2
-        if len(blocks) > 1:
-            assert blocks[1].grid is not None
-            top, bottom, left, right = valid_rectangle(size, layout, small)
-            h, w = bottom - top, right - left
-            if not 0 < h <= blocks[1].grid[0] or not 0 < w <= blocks[1].grid[1]:
-                continue
-            tokens += h * w
-        if tokens <= count:
+    if count >= sum(block.length for block in blocks):
+        return side, True
+    for small in range(side - 1, 0, -1) if len(blocks) > 1 else ():
+        assert blocks[1].grid is not None
+        top, bottom, left, right = valid_rectangle(size, layout, small)
+        h, w = bottom - top, right - left
+        if 0 < h <= blocks[1].grid[0] and 0 < w <= blocks[1].grid[1] and small**2 + h * w <= count:
             return small, True
     return min(side, math.isqrt(count)), False
 
@@ -185,6 +184,9 @@ class LlavaNext(Family):
             used = [pieces[i] if plan[i][1] else pieces[i][:1] for i in mine]
             output, features = self.project_smaller(model, kwargs, torch.cat(used), small)
             for i, f in zip(mine, features.split([len(u) for u in used])):
+                if plan[i] == (side, True):
+                    found[i], grids[i] = self._as_it_is(model, kwargs, f, i), [b.grid or () for b in blocks[i]]
+                    continue
                 layout = layouts[i] if plan[i][1] else (0, 0)
                 found[i], grids[i] = self._packed(model, f, small, (sizes[i][1], sizes[i][0]), layout, blocks[i])
         output.pooler_output = found  # a list, as the host has it
@@ -203,6 +205,13 @@ class LlavaNext(Family):
             hidden = hidden[:, 1:]
         return output, self.projector(model)(hidden)
 
+    def _as_it_is(self, model: Any, kwargs: dict[str, Any], features: Tensor, number: int) -> Tensor:
+        """Features of one picture (tiles, P, D) as the host packs them."""
+        base, size = model.base_model, kwargs["image_sizes"][number : number + 1]
+        packing = self.packing(model, kwargs)
+        found: Tensor = base.pack_image_features([features], size, image_newline=base.image_newline, **packing)[0][0]
+        return found
+
     def _packed(
         self,
         model: Any,
@@ -215,8 +224,8 @@ class LlavaNext(Family):
         """Features of one picture (tiles, side * side, D) as the host would pack them, and their grids."""
         newline = model.base_model.image_newline
         ends = features.new_zeros(0, features.shape[-1]) if newline is None else newline[None].to(features)
-        if len(blocks) == 1:
-            return torch.cat([features[0], ends]), [(side, side)]
+        if len(blocks) == 1:  # a closing newline, unless the padding left nothing of the crops
+            return torch.cat([features[0], ends[: len(blocks[0].newlines)]]), [(side, side)]
         if layout == (0, 0):
             return features[0], [(side, side), ()]
         top, bottom, left, right = valid_rectangle(size, layout, side)
