@@ -87,8 +87,6 @@ def test_coarse_tokens_come_first_in_a_nested_transform(photos):
     tokens, photo = tok.encode(photos[1]), tok.preprocess(photos[1])
     errors = [float((tok.decode(tokens[:, :k]) - photo).square().mean()) for k in (1, 4, 16)]
     assert errors[0] > errors[1] > errors[2]
-    assert errors[0] < float(
-        (photo - photo.mean((-2, -1), keepdim=True)).square().mean()
 
 
 def test_length_changes_the_picture():
