@@ -30,7 +30,13 @@ def train(
         bool, typer.Option("--estimate", help="Measure 20 steps and say what the run would cost.")
     ] = False,
 ) -> None:
-    """Train what a recipe says, or continue it; evaluate and save it."""
+    """Train what a recipe says, or continue it; evaluate and save it.
+
+    Several processes: accelerate launch --num_processes 8 -m vistok train RECIPE (on CPUs: --cpu --num_processes 2).
+
+    With the model cut into shards (FSDP): accelerate launch --use_fsdp --fsdp_version 2 --num_processes 8
+    --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP --fsdp_transformer_layer_cls_to_wrap Block -m vistok train RECIPE
+    """
     from vistok.train.launch import start_missing_processes
 
     start_missing_processes()

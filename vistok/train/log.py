@@ -22,15 +22,17 @@ if TYPE_CHECKING:
 METRICS = "metrics.jsonl"
 
 
+EXTRAS = {"tensorboard": "'vistok[track]'"}
+"""What to install for a tracker, where it is not the package of its name."""
+
+
 def available_trackers(names: tuple[str, ...]) -> list[str]:
     """The trackers whose package is installed; one warning for each that is not."""
     found = []
     for name in names:
-        package = "torch.utils.tensorboard" if name == "tensorboard" else name
-        needed = "tensorboard" if name == "tensorboard" else package
-        if importlib.util.find_spec(needed) is None:
-            extra = "pip install 'vistok[track]'" if name == "tensorboard" else f"pip install {name}"
-            warnings.warn(f"{name} is not installed, so there is only {METRICS}. {extra} adds it.", stacklevel=2)
+        if importlib.util.find_spec(name) is None:
+            line = f"pip install {EXTRAS.get(name, name)}"
+            warnings.warn(f"{name} is not installed, so there is only {METRICS}. {line} adds it.", stacklevel=2)
         else:
             found.append(name)
     return found
