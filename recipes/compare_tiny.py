@@ -5,7 +5,7 @@
     python recipes/compare_tiny.py table                  # prints the table of recipes/README.md
 
 Results are kept in recipes/tiny_results.json. A recipe takes part if it is called tiny*.yaml, learns pixels, and
-measures PSNR, SSIM and LPIPS on colour pictures of 64 px. Where one needs others (a proxy, a stage), the steps are
+measures PSNR, SSIM and LPIPS. Where one needs others (a proxy, a stage), the steps are
 shared out evenly among all of them. Models, losses and rates are those of the recipes.
 """
 
@@ -24,10 +24,20 @@ from typing import Any
 FOLDER = Path(__file__).resolve().parent
 RESULTS = FOLDER / "tiny_results.json"
 NEEDED = {"psnr", "ssim", "lpips_alex"}
-PIXELS = {"mse", "l1", "smooth_l1", "lpips", "flow"}
-SIDE = 64
+PIXELS = {"mse", "l1", "smooth_l1", "lpips", "flow", "pixels"}
 STEPS, BATCH = 120, 16
-COLUMNS = ("recipe", "tokens>", "bits>", "M parameters>", "PSNR>", "SSIM>", "LPIPS>", "usage>", "pictures/s>")
+COLUMNS = (
+    "recipe",
+    "pixels>",
+    "tokens>",
+    "bits>",
+    "M parameters>",
+    "PSNR>",
+    "SSIM>",
+    "LPIPS>",
+    "usage>",
+    "pictures/s>",
+)
 
 
 def recipes() -> dict[str, dict[str, Any]]:
@@ -42,9 +52,7 @@ def compared(known: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return [
         name
         for name, recipe in known.items()
-        if set(recipe.get("eval", {}).get("metrics", ())) >= NEEDED
-        and PIXELS & set(recipe["losses"])
-        and recipe["model"].get("image_size") == SIDE
+        if set(recipe.get("eval", {}).get("metrics", ())) >= NEEDED and PIXELS & set(recipe["losses"])
     ]
 
 
@@ -83,7 +91,7 @@ def speed(tokenizer: Any, rounds: int = 5) -> float:
     """Pictures that one core encodes and decodes per second of its time: the best of some rounds of eight."""
     import torch
 
-    images, seconds = torch.rand(8, 3, SIDE, SIDE), []
+    images, seconds = torch.rand(8, 3, *tokenizer.preprocess.size), []
     for _ in range(rounds):
         begun = time.process_time()
         tokenizer.decode(tokenizer.encode(images))
@@ -111,6 +119,7 @@ def measure(name: str, known: Mapping[str, Mapping[str, Any]], steps: int) -> di
             "stages": len(chain(name, known)),
             "steps": steps,
             "batch": BATCH,
+            "side": tokenizer.preprocess.size[0],
             "tokens": tokenizer.num_tokens,
             "bits": bits,
             "parameters": count_parameters(tokenizer),
@@ -150,13 +159,14 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
     cells = [
         (
             f"[{name.removesuffix('.yaml')}]({name})" + (f", {row['stages']} runs" if row["stages"] > 1 else ""),
+            str(row["side"]),
             str(row["tokens"]),
             number(row["bits"], 0) if row["bits"] else "continuous",
             number(row["parameters"] / 1e6, 2),
             number(row["psnr"], 2),
             number(row["ssim"], 3),
             number(row["lpips_alex"], 3),
-            number(row["usage"] and 100 * row["usage"], 0) + (" %" if row["usage"] else ""),
+            f"{100 * row['usage']:.2g} %" if row["usage"] else "",
             number(row["pictures_per_core_second"], 0),
         )
         for name, row in sorted(results.items(), key=lambda item: item[1]["lpips_alex"])

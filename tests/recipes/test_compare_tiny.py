@@ -29,6 +29,7 @@ def test_stored_results_have_one_budget_and_a_recipe_each():
 def test_the_table_has_a_line_per_result(tmp_path, monkeypatch):
     row = {
         "stages": 2,
+        "side": 32,
         "tokens": 16,
         "bits": 0.0,
         "parameters": 1_230_000,
@@ -42,5 +43,7 @@ def test_the_table_has_a_line_per_result(tmp_path, monkeypatch):
     assert compare_tiny.stored() == {}
     compare_tiny.RESULTS.write_text(json.dumps({"a/tiny.yaml": row, "b/tiny.yaml": {**row, "lpips_alex": 0.2}}))
     lines = compare_tiny.table(compare_tiny.stored()).splitlines()
-    assert lines[2].startswith("| [b/tiny](b/tiny.yaml), 2 runs | 16 | continuous | 1.23 | 20.00 | 0.500 | 0.200 |")
+    assert lines[2].startswith(
+        "| [b/tiny](b/tiny.yaml), 2 runs | 32 | 16 | continuous | 1.23 | 20.00 | 0.500 | 0.200 |"
+    )
     assert len(lines) == 4
