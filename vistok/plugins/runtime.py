@@ -282,7 +282,7 @@ def _expanded(handover: dict[str, Any], batch: int, length: int) -> dict[str, An
     if "before" not in handover:
         return dict(handover)
     times = batch // len(handover["before"])
-    found = {
+    found: dict[str, Any] = {
         k: v.repeat_interleave(times, 0) if isinstance(v, Tensor) else [row for row in v for _ in range(times)]
         for k, v in handover.items()
     }
