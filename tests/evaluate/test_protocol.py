@@ -77,6 +77,7 @@ def test_protocol_survives_json(folder):
         "crop": "center",
         "resample": "bicubic",
         "multiple": 1,
+        "channels": 3,
         "antialias": True,
     }
     assert {"torch", "vistok", "python", "pillow"} <= set(collected["versions"])
