@@ -246,6 +246,13 @@ class SEED(Tokenizer):
             self.attach_pipeline(self.pipeline_source)
         return self._pipeline.to(self.device)
 
+    def target_size(self, tokens: Tokens | Tensor, size: tuple[int, int] | None) -> tuple[int, int]:
+        """What was asked for, else (0, 0), the pipeline's own size: the size that was encoded says nothing."""
+        return (0, 0) if size is None else super().target_size(tokens, size)
+
+    def _place(self, size: tuple[int, int]) -> dict[str, Any]:
+        return {"size": size} if all(size) else {}
+
     def decode_codes(
         self,
         codes: Tensor,
