@@ -86,7 +86,7 @@ class TrainConfig:
         freeze: Name patterns of parameters that are not trained.
         compile: Compile the model (pays in long runs only).
         gradient_checkpointing: Recompute the activations of transformer blocks in the backward pass instead of keeping
-            them: less memory, about a third more time, the same weights.
+            them: less memory, more time, the same weights.
         log_every: Steps between log lines.
         save_every: Steps between checkpoints; 0 for one at the end only.
         keep: Checkpoints kept.
