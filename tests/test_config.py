@@ -8,9 +8,21 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pytest
+from torch import nn
 
 import vistok
-from vistok.config import ConfigError, Of, Spec, check_value, describe, merge, plain, read_yaml, write_yaml
+from vistok.config import (
+    ConfigError,
+    Of,
+    Spec,
+    check_component,
+    check_value,
+    describe,
+    merge,
+    plain,
+    read_yaml,
+    write_yaml,
+)
 from vistok.registry import preset, register
 
 
@@ -333,3 +345,14 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     value = {"schedule": Schedule(warmup=3), "size": (2, 3), "root": Path("a/b"), "lr": 1e-4, "none": None}
     write_yaml(value, tmp_path / "snapshot.yaml")
     assert read_yaml(tmp_path / "snapshot.yaml") == plain(value)
+
+
+def test_module_without_a_constructor_takes_nothing_even_after_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    # torch.compile puts a wrapper of its own module in the place of `Module.__init__`
+    plain = nn.Module.__init__
+
+    def patched_init(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(nn.Module, "__init__", patched_init)
+    assert check_component("loss", {"name": "mse"}, "losses.mse") == {"name": "mse"}

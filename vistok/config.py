@@ -266,9 +266,12 @@ def schema(builder: Callable[..., Any]) -> dict[str, tuple[Any, bool]]:
     Raises:
         TypeError: It takes `*args` or `**kwargs`, which would let any key through.
     """
-    target = builder.__init__ if inspect.isclass(builder) else builder
-    if getattr(target, "__module__", "").startswith("torch.nn."):  # a module without a constructor of its own
-        return {}
+    target = builder
+    if inspect.isclass(builder):
+        owner = next(c for c in builder.__mro__ if "__init__" in vars(c))
+        if owner.__module__.startswith("torch.nn."):  # a module without a constructor of its own
+            return {}
+        target = vars(owner)["__init__"]
     hints = typing.get_type_hints(inspect.unwrap(target), include_extras=True)
     schema = {}
     for p in inspect.signature(builder).parameters.values():
