@@ -35,7 +35,13 @@ def encode(
     out: Out,
     tokens: Annotated[int | None, typer.Option(min=1, help="Tokens per picture, for nested tokenizers.")] = None,
     size: Annotated[
-        int | None, typer.Option("--bytes", min=1, help="Most bytes of ids per picture (the header adds 16).")
+        int | None,
+        typer.Option(
+            "--bytes",
+            min=1,
+            help="Most bytes per picture: of the whole file where the model has a prior and ids are entropy-coded, "
+            "else of the packed ids, to which the header adds 16.",
+        ),
     ] = None,
     psnr: Annotated[float | None, typer.Option(help="Fewest tokens that reach this many dB, per picture.")] = None,
     caption: Caption = None,
@@ -59,22 +65,26 @@ def encode(
     tokenizer = load(model, device, whole=whole)
     if not tokenizer.quantizer.vocab_sizes:
         raise ValueError(f"{model} has continuous latents, which a .vtok file cannot hold. Use a model with ids.")
-    tokens = lengths.most_tokens(tokenizer, size) if size is not None else tokens
-    files.make_folders(places)
     prior = tokenizer.prior if codec.available() else None
-    broken, total, count, short = files.Broken(), 0, 0, 0
+    tokens = lengths.most_tokens(tokenizer, size) if size is not None and prior is None else tokens
+    files.make_folders(places)
+    broken, total, count, short, shown = files.Broken(), 0, 0, 0, ""
     with progress("encode", len(found)) as advance:
         for paths, images in read_batches(list(found), tokenizer.preprocess, batch, broken=broken.reasons):
             made = tokenizer.encode(images, tokens, text=caption)
             if psnr is not None:
                 made, reached = lengths.shortest(tokenizer, made, images, Psnr(), psnr)
                 short += int((~reached).sum())
-            for i, path in enumerate(paths):
-                total += container.save(made[i], places[path], tokenizer.model_id, prior)
-            count += len(paths)
+            singles = {path: made[i] for i, path in enumerate(paths)}
+            if size is not None and prior is not None:
+                singles = _cut(tokenizer, singles, size, broken)
+            for path, one in singles.items():
+                total += container.save(one, places[path], tokenizer.model_id, prior)
+                shown = shown or repr(one)
+            count += len(singles)
             advance(count + len(broken.reasons))
     if count:
-        typer.echo(f"{files.pictures(count)} -> {out}: {total} bytes, {total / count:g} each ({made[0]!r}).")
+        typer.echo(f"{files.pictures(count)} -> {out}: {total} bytes, {total / count:g} each ({shown}).")
     if count and tokenizer.prior is not None and prior is None:
         typer.echo("Ids are packed at full width; pip install 'vistok[codec]' makes entropy-coded, smaller files.")
     if short:
@@ -209,6 +219,19 @@ def _read_tokens(
         part.append((path, one))
     if part:
         yield [p for p, _ in part], container.stack([t for _, t in part])
+
+
+def _cut(tokenizer: Tokenizer, tokens: dict[Path, Tokens], size: int, broken: files.Broken) -> dict[Path, Tokens]:
+    """Tokens of pictures, cut so that each coded file takes at most `size` bytes; entered as broken where none do."""
+    from vistok.evaluate.lengths import fitting
+
+    found = {}
+    for path, one in tokens.items():
+        try:
+            found[path] = fitting(tokenizer, one, size)
+        except ValueError as err:
+            broken.reasons[path] = str(err)
+    return found
 
 
 def _batch_key(tokens: Tokens) -> tuple[object, ...]:

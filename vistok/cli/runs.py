@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from vistok.tokenizers.base import Tokenizer
 
 SIGNALLED = 130
+METRICS = "psnr,ssim,lpips_alex"
 bench = typer.Typer(help="Time vistok against the straightforward way, in one run.", no_args_is_help=True)
 
 
@@ -58,7 +59,10 @@ def evaluate(
     model: Model,
     out: Annotated[Path, typer.Option(help="Folder for the results.")],
     data: Annotated[str, typer.Option(help="Pictures: files, folders, patterns, separated by commas.")] = "",
-    metrics: Annotated[str, typer.Option(help="Separated by commas, see vistok list metric.")] = "psnr,ssim,lpips_alex",
+    metrics: Annotated[
+        str,
+        typer.Option(help=f"Separated by commas, see vistok list metric; {METRICS}, more with --rate-distortion."),
+    ] = "",
     probe: Annotated[
         Path | None, typer.Option(help="Folder whose sub-folders are classes: k-NN and linear probe of the features.")
     ] = None,
@@ -105,9 +109,11 @@ def evaluate(
     broken = files.Broken()
     if found and rate_distortion:
         if first:
-            _compare(tokenizer, found, out, files.numbers(budgets, "--budgets"), model)
+            chosen = {"metrics": files.listed(metrics)} if metrics else {}
+            limits = files.numbers(budgets, "--budgets")
+            broken.reasons |= _compare(tokenizer, found, out, budgets=limits, name=model, **chosen)
     elif found:
-        names = files.listed(metrics)
+        names = files.listed(metrics or METRICS)
         options: dict[str, Any] = {
             "lengths": files.numbers(lengths, "--lengths"),
             "num_tokens": tokens,
@@ -124,21 +130,28 @@ def evaluate(
     broken.finish()
 
 
-def _compare(tokenizer: Tokenizer, found: list[Path], out: Path, budgets: list[int], name: str) -> None:
-    """Rate and distortion beside the codecs. See `evaluate.rate_distortion.run`."""
+def _compare(tokenizer: Tokenizer, found: list[Path], out: Path, **options: Any) -> dict[Path, str]:
+    """Rate and distortion beside the codecs; pictures that could not be used. See `evaluate.rate_distortion.run`."""
     from vistok.cli.show import Rows
     from vistok.evaluate.rate_distortion import run
 
-    result = run(tokenizer, found, out=out, budgets=budgets, name=name)
+    result = run(tokenizer, found, out=out, **options)
     columns = list(result.rows[0])
     cells = [
         ["-" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v) for v in r.values()] for r in result.rows
     ]
     Rows((columns[0], *(f"{c}>" for c in columns[1:])), cells).print()
+    if result.saving:
+        typer.echo(
+            "A full code takes {packed_bytes:g} bytes packed, {coded_bytes:g} entropy-coded.".format(**result.saving)
+        )
+    broken = {path: why for path in found if (why := result.skipped.get(str(path))) is not None}
     for what, why in result.skipped.items():
-        typer.echo(f"Left out, {what}: {why}")
+        if Path(what) not in broken:
+            typer.echo(f"Left out, {what}: {why}")
     for path in result.files.values():
         typer.echo(f"Wrote {path}")
+    return broken
 
 
 def _measure(tokenizer: Tokenizer, found: list[Path], out: Path, *, first: bool, **options: Any) -> dict[Path, str]:

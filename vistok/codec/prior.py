@@ -22,6 +22,8 @@ from vistok.hub import LoadError, write_atomic
 FILE = "prior.npz"
 TOTAL = 1 << 15
 """Sum of the whole numbers of a distribution."""
+LUCK = 8
+"""Bytes by which a code may beat its ideal length for `Prior.most_tokens` to find it."""
 
 
 class CodecError(ImportError):
@@ -135,15 +137,17 @@ class Prior:
         raise NotImplementedError
 
     def most_tokens(self, ids: Tensor, size: int) -> int:
-        """Most tokens whose code takes at most `size` bytes; 0 if not even one does."""
-        low, high = 0, len(ids)
-        while low < high:
-            middle = (low + high + 1) // 2
-            if len(self.encode(ids[:middle])) <= size:
-                low = middle
-            else:
-                high = middle - 1
-        return low
+        """Most tokens whose code takes at most `size` bytes; 0 if not even one does.
+
+        A code is no longer than its ideal length and a few bytes, but a lucky one is shorter, so that lengths need not
+        grow with every token: all that could fit are tried, the longest first. (A code that beats its ideal length by
+        more than `LUCK` bytes, one in 2^64, is missed.)
+        """
+        ideal = self.bits(ids[: self.tokens]).cumsum() / 8
+        for k in range(int((ideal <= size + LUCK).sum()), 0, -1):
+            if len(self.encode(ids[:k])) <= size:
+                return k
+        return 0
 
     def _checked(self, k: int) -> int:
         if k > self.tokens:
@@ -218,6 +222,27 @@ class PositionPrior(Prior):
         return cls(counts=counts, vocab=np.array(vocab))
 
 
+def _vocab(tokenizer: Any) -> tuple[int, ...]:
+    vocab: tuple[int, ...] = tokenizer.quantizer.vocab_sizes
+    if not vocab or max(vocab) > TOTAL // 2:
+        has = f"up to {max(vocab)} ids" if vocab else "continuous latents"
+        raise ValueError(
+            f"{tokenizer.registry_name} has {has}, and a prior is a table of at most {TOTAL // 2} ids per position."
+        )
+    return vocab
+
+
+def require(tokenizer: Any) -> None:
+    """Refuse, before any work, what `fit` or the coder would refuse.
+
+    Raises:
+        CodecError: constriction is not installed.
+        ValueError: Continuous latents, or more ids than a table can hold.
+    """
+    _constriction()
+    _vocab(tokenizer)
+
+
 def fit(tokenizer: Any, ids: Tensor) -> Prior:
     """The prior a tokenizer has a use for, from the ids of many pictures (B, K[, G]).
 
@@ -226,9 +251,7 @@ def fit(tokenizer: Any, ids: Tensor) -> Prior:
     Raises:
         ValueError: Continuous latents, or more ids than a table can hold.
     """
-    vocab = tokenizer.quantizer.vocab_sizes
-    if not vocab or max(vocab) > TOTAL // 2:
-        raise ValueError(f"{tokenizer.registry_name} has no ids that a table of {TOTAL // 2} entries could hold.")
+    vocab = _vocab(tokenizer)
     own = getattr(tokenizer, "fit_prior", None)
     return own(ids) if own is not None else PositionPrior.fit(ids, vocab)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vistok.evaluate.metric import Metric
-from vistok.tokens import Tokens, packed_bytes
+from vistok.tokens import HEADER, Tokens, packed_bytes
 
 
 def most_tokens(tokenizer: Any, size: int) -> int:
@@ -24,6 +24,32 @@ def most_tokens(tokenizer: Any, size: int) -> int:
         least = packed_bytes(1 if tokenizer.nested else full, vocab)
         raise ValueError(f"{tokenizer.registry_name} needs at least {least} bytes per picture, got {size}.")
     return count
+
+
+def fitting(tokenizer: Any, tokens: Tokens, size: int) -> Tokens:
+    """The longest prefix of one picture's tokens whose whole `.vtok` file takes at most `size` bytes.
+
+    Exact: the file is entropy-coded under the tokenizer's prior, or packed where that is smaller, and its header and
+    caption count.
+
+    Args:
+        tokenizer: A tokenizer with a prior; nested, unless all its tokens fit.
+        tokens: Of one picture.
+        size: Bytes of the file.
+
+    Raises:
+        ValueError: Not even one token fits, or the tokenizer is not nested and its tokens do not fit.
+        CodecError: The range coder is not installed.
+    """
+    vocab, full = tokens.vocab, int(tokens.lengths[0])
+    room = size - HEADER.size - (0 if tokens.text is None else 2 + len(tokens.text[0].encode()))
+    packed = bisect_count(full, lambda n: packed_bytes(n, vocab) <= room)
+    assert tokens.ids is not None
+    k = max(packed, tokenizer.prior.most_tokens(tokens.ids[0, :full], room))
+    if k == 0 or (k < full and not tokenizer.nested):
+        what = "even one token takes" if tokenizer.nested else f"all {full} tokens of {tokenizer.registry_name} take"
+        raise ValueError(f"A file of {size} bytes is too small: {what} more.")
+    return tokens[:, :k]
 
 
 def bisect_count(most: int, holds: Any) -> int:

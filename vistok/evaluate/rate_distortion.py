@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vistok.evaluate import protocol, report
+from vistok.evaluate import lengths, protocol, report
 from vistok.evaluate.metric import Metric, build_metrics
 from vistok.hub import write_atomic
 from vistok.image import read_batches, to_uint8
 from vistok.tokenizers.base import Tokenizer
-from vistok.tokens import to_bytes
+from vistok.tokens import HEADER, Tokens, to_bytes
 
 SCALES = (1, 2, 4, 8)
 CODECS: dict[str, dict[str, Any]] = {
@@ -91,15 +91,6 @@ def best_that_fits(picture: np.ndarray, files: Sequence[tuple[int, np.ndarray]],
     return fitting[int(np.argmin(error))] if fitting else None
 
 
-def tokens_that_fit(ids: Tensor, make: Callable[[int], bytes], budget: int) -> int:
-    """Most tokens of one picture whose `.vtok` file has at most `budget` bytes; 0 if not one does."""
-    low, high = 0, len(ids)
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if len(make(middle)) <= budget else (low, middle - 1)
-    return low
-
-
 @torch.no_grad()
 def run(
     tokenizer: Tokenizer,
@@ -119,8 +110,10 @@ def run(
     files that fit. All are measured on the pictures as the tokenizer's preprocessing cuts them, rounded to 8 bits.
 
     Raises:
-        ValueError: A tokenizer that is not nested, or no picture that could be read.
+        ValueError: A tokenizer that is not nested, budgets that are none, or no picture that could be read.
     """
+    if not budgets or min(budgets) < 1:
+        raise ValueError(f"Budgets are numbers of bytes, at least 1 each, e.g. 64,112; got {list(budgets)}.")
     if not tokenizer.nested or not tokenizer.quantizer.vocab_sizes:
         raise ValueError(f"{name or tokenizer.registry_name} has one length only: a rate needs a nested tokenizer.")
     broken: dict[Path, str] = {}
@@ -170,13 +163,23 @@ def _ours(tokenizer: Tokenizer, originals: Tensor, budgets: Sequence[int]) -> tu
             return to_bytes(tokens[:, :k], tokenizer.model_id, prior)
 
         for b in budgets:
-            k = tokens_that_fit(tokens.ids[0], make, b)
+            k = _most(tokenizer, tokens, b, coded=prior is not None)
             rebuilt = tokenizer.decode(tokens[:, :k])[0].cpu() if k else None
             found[b].append(None if rebuilt is None else (len(make(k)), rebuilt))
         packed.append(len(to_bytes(tokens, tokenizer.model_id)))
         coded.append(len(make(tokens.num_tokens)))
     saving = {"packed_bytes": statistics.mean(packed), "coded_bytes": statistics.mean(coded)}
     return found, saving if prior is not None else {}
+
+
+def _most(tokenizer: Tokenizer, tokens: Tokens, budget: int, *, coded: bool) -> int:
+    """Most tokens of one picture whose `.vtok` file has at most `budget` bytes; 0 if not one does."""
+    try:
+        if coded:
+            return lengths.fitting(tokenizer, tokens, budget).num_tokens
+        return lengths.most_tokens(tokenizer, budget - HEADER.size)
+    except ValueError:  # not even one
+        return 0
 
 
 def _theirs(originals: Tensor, codec: str, budgets: Sequence[int]) -> Coded:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import time
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vistok.codec import prior as codec
 from vistok.config import create
 from vistok.distributed import all_objects, rank, world_size
 from vistok.evaluate import protocol, report
@@ -25,11 +27,13 @@ from vistok.evaluate.usage import LARGEST_VOCABULARY, CodebookUsage
 from vistok.hub import write_atomic
 from vistok.image import read_batches
 from vistok.tokenizers.base import Tokenizer
-from vistok.tokens import HEADER, Tokens, packed_bytes
+from vistok.tokens import HEADER, Tokens, packed_bytes, to_bytes
 
 METRICS = ("psnr", "ssim", "lpips_alex")
 GRID_PAIRS = 16
 CELLS = 8
+NAMELESS = "00000000"
+"""Stands for the model id where only a file's size matters."""
 UNDRAWN = ("seconds", "data_wait", "skipped_steps", "skipped_samples")
 """Columns of a training log that say nothing as a curve."""
 
@@ -45,7 +49,8 @@ class EvalResult:
         intervals: Metric name -> ends of its 95 % bootstrap interval over pictures.
         usage: Codebook usage, perplexity and entropy (see `CodebookUsage.compute`); empty for continuous latents.
         rate: `tokens_per_picture`, `bits_per_token`, `bits_per_pixel`, `bytes_per_picture` (packed ids alone) and
-            `file_bytes_per_picture` (with the header of a `.vtok` file).
+            `file_bytes_per_picture` (with the header of a `.vtok` file); of a tokenizer with a prior also
+            `coded_file_bytes_per_picture` (entropy-coded) and `saved_by_coding`, the share that this saves of the file.
         speed: Pictures per second of `encode` and `decode`, reading and measuring not counted.
         baselines: The same metrics' PSNR of simpler pictures: `flat_8x8_psnr`, every picture as 8x8 cells of its mean
             colours.
@@ -172,7 +177,8 @@ class _Measured:
         self.usage = CodebookUsage(vocab) if vocab and max(vocab) <= LARGEST_VOCABULARY else None
         self.lines: list[dict[str, Any]] = []
         self.seconds = {"encode": 0.0, "decode": 0.0}
-        self.totals = {"tokens": 0.0, "bits": 0.0, "bytes": 0.0, "pixels": 0.0}
+        self.totals = {"tokens": 0.0, "bits": 0.0, "bytes": 0.0, "coded": 0.0, "pixels": 0.0}
+        self.prior = tokenizer.prior if codec.available() else None
 
     def update(self, files: Sequence[Path], images: Tensor, num_tokens: int | None, text: Any = None) -> None:
         """Enter a batch, (B, 3, H, W) in [0, 1] on the tokenizer's device."""
@@ -216,6 +222,9 @@ class _Measured:
         self.totals["tokens"] += sum(lengths)
         self.totals["bits"] += tokens.bits * sum(lengths)
         self.totals["bytes"] += sum(packed_bytes(k, tokens.vocab) for k in lengths) if tokens.vocab else 0
+        if self.prior is not None:
+            plain = dataclasses.replace(tokens, text=None)  # captions count in neither figure
+            self.totals["coded"] += sum(len(to_bytes(plain[i], NAMELESS, self.prior)) for i in range(len(plain)))
         self.totals["pixels"] += images.shape[0] * images.shape[-2] * images.shape[-1]
 
     def result(self, skipped: dict[str, str], files: dict[str, Path]) -> EvalResult:
@@ -240,12 +249,14 @@ class _Measured:
         tokens = self.totals["tokens"] / count
         if not self.totals["bits"]:
             return {"tokens_per_picture": tokens}
+        packed, coded = self.totals["bytes"] / count + HEADER.size, self.totals["coded"] / count
         return {
             "tokens_per_picture": tokens,
             "bits_per_token": self.totals["bits"] / self.totals["tokens"],
             "bits_per_pixel": self.totals["bits"] / self.totals["pixels"],
             "bytes_per_picture": self.totals["bytes"] / count,
-            "file_bytes_per_picture": self.totals["bytes"] / count + HEADER.size,
+            "file_bytes_per_picture": packed,
+            **({"coded_file_bytes_per_picture": coded, "saved_by_coding": 1 - coded / packed} if coded else {}),
         }
 
 
