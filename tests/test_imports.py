@@ -116,7 +116,17 @@ def test_a_quantizer_costs_no_compiler() -> None:
 
 
 def test_filling_the_registry_imports_no_large_library() -> None:
-    large = {"timm", "diffusers", "open_clip", "transformers", "torchvision", "matplotlib", "accelerate", "PIL"}
+    large = {
+        "timm",
+        "diffusers",
+        "open_clip",
+        "transformers",
+        "torchvision",
+        "matplotlib",
+        "accelerate",
+        "PIL",
+        "lmms_eval",
+    }
     assert after("import vistok; vistok.list()") & large == set()
 
 

@@ -226,6 +226,18 @@ def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
     return typing.cast(dict[str, Any], found)
 
 
+def value_of(text: str) -> Any:
+    """The value that a text stands for on the right of an override: `0.5`, `null`, `[2, 6]`, `{mean: 192}`, a word.
+
+    Raises:
+        yaml.YAMLError: A bracket that is not closed and the like.
+    """
+    from omegaconf import OmegaConf
+
+    found = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
+    return found["value"]  # type: ignore[index,call-overload]
+
+
 def _apply_override(config: Any, override: str) -> None:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -235,8 +247,7 @@ def _apply_override(config: Any, override: str) -> None:
     if not equals or not key or key.startswith("-"):
         raise ConfigError(f"{override!r} is not an override. Write key.sub=value, e.g. train.steps=100.")
     try:
-        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
-        OmegaConf.update(config, key, value["value"], merge=False)  # type: ignore[index,call-overload]
+        OmegaConf.update(config, key, value_of(text), merge=False)
     except (YAMLError, OmegaConfBaseException, ValueError, TypeError) as err:
         raise ConfigError(f"{override!r} cannot be applied: {_one_line(err)}") from err
 
