@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import vistok
 from tests.fill import fill, image
 from vistok.hub import LoadError, count_parameters, on_meta
-from vistok.tokenizers.gigatok import query_grids
+from vistok.tokenizers.gigatok_net import query_grids
 from vistok.tokenizers.official import gigatok as layout
 
 CASES = [

@@ -1,10 +1,15 @@
-"""Learnt position tables on other grids."""
+"""Position tables: learnt ones, on other grids too, and fixed ones."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+
+
+def learned_table(rows: int, width: int) -> nn.Parameter:
+    """A table of positions or tokens that is learnt, (rows, width), drawn at a deviation of width^-1/2."""
+    return nn.Parameter(torch.randn(rows, width) * width**-0.5)
 
 
 def resize_table(table: Tensor, old: tuple[int, int], new: tuple[int, int], *, prefix: int = 0) -> Tensor:

@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vistok.layers.attention import Attention
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """Shape of a transformer.
+
+    Attributes:
+        width: Width, D.
+        depth: Number of blocks.
+        heads: Attention heads.
+    """
+
+    width: int
+    depth: int
+    heads: int
 
 
 class Mlp(nn.Sequential):
@@ -77,3 +94,21 @@ class Transformer(nn.Module):
             else:
                 x = block(x, wanted, mask)
         return x
+
+
+def initialise(*modules: nn.Module) -> None:
+    """Initialise linear and convolutional layers as TiTok's official code: truncated normal 0.02, bias 0.
+
+    The fused attention projection stays Xavier-uniform there (it is a bare parameter that the official pass misses),
+    and so it is here. Layer norms keep 1 and 0.
+    """
+    for module in modules:
+        for name, part in module.named_modules():
+            if not isinstance(part, (nn.Linear, nn.Conv2d)):
+                continue
+            if name.endswith("attn.qkv"):
+                nn.init.xavier_uniform_(part.weight)
+            else:
+                nn.init.trunc_normal_(part.weight, std=0.02)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)

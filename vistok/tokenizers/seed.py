@@ -14,11 +14,10 @@ from vistok.image import Preprocess
 from vistok.layers.attention import float32_linear
 from vistok.layers.position import resize_table
 from vistok.layers.qformer import QFormer
-from vistok.layers.transformer import Transformer
+from vistok.layers.transformer import Size, Transformer
 from vistok.quantizers.base import Quantizer
 from vistok.registry import preset, register
 from vistok.tokenizers.base import Tokenizer, TokenizerOutput
-from vistok.tokenizers.titok import Size
 from vistok.tokens import Tokens
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)

@@ -15,12 +15,12 @@ from vistok.config import Of, Spec, create
 from vistok.image import Preprocess
 from vistok.layers.conv import to_map, to_sequence
 from vistok.layers.exact import KeepFloat32
-from vistok.layers.transformer import Transformer
+from vistok.layers.transformer import Size, Transformer, initialise
 from vistok.quantizers.base import Quantizer
 from vistok.registry import Weights, preset, register
 from vistok.tokenizers.base import Tokenizer
 from vistok.tokenizers.spectral_titok import OPPONENT, ConvBlock, dct_matrix, expected_power
-from vistok.tokenizers.titok import SIZES, Size, SizeName, initialise
+from vistok.tokenizers.titok import SIZES, SizeName
 
 PLANES = 9
 COARSEST = 0.5

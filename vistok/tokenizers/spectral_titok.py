@@ -15,12 +15,12 @@ from vistok.config import Of, Spec, create
 from vistok.image import Preprocess
 from vistok.layers.conv import to_map, to_sequence
 from vistok.layers.exact import KeepFloat32
-from vistok.layers.transformer import Transformer
+from vistok.layers.transformer import Size, Transformer, initialise
 from vistok.quantizers.base import Quantizer
 from vistok.quantizers.vq import TableQuantizer
 from vistok.registry import preset, register
 from vistok.tokenizers.base import Tokenizer
-from vistok.tokenizers.titok import SIZES, Size, SizeName, TiTokEncoder, initialise
+from vistok.tokenizers.titok import SIZES, SizeName, TiTokEncoder
 
 # Orthonormal opponent colours: brightness, red against blue, green against both.
 OPPONENT = ((1 / 3**0.5,) * 3, (1 / 2**0.5, 0.0, -1 / 2**0.5), (-1 / 6**0.5, 2 / 6**0.5, -1 / 6**0.5))

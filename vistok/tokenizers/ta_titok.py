@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from vistok.config import Of, Spec
+from vistok.layers.transformer import Size, initialise
 from vistok.registry import preset, register
 from vistok.tokenizers.text import ReadsText
 from vistok.tokenizers.text_encoders import TextEncoder
-from vistok.tokenizers.titok import PixelHead, Size, SizeName, TiTokBase, TiTokDecoder, initialise
+from vistok.tokenizers.titok import PixelHead, SizeName, TiTokBase, TiTokDecoder
 
 CLIP = TextEncoder(kind="clip", model="ViT-L-14-336", pretrained="openai", length=77, dim=768)
 

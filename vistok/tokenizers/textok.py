@@ -11,13 +11,13 @@ from vistok.config import Of, Spec, create
 from vistok.image import Preprocess
 from vistok.layers.attention import float32_linear
 from vistok.layers.position import resize_table
-from vistok.layers.transformer import Transformer
+from vistok.layers.transformer import Size, Transformer, initialise
 from vistok.quantizers.base import Quantizer
 from vistok.registry import preset, register
 from vistok.tokenizers.base import Tokenizer
 from vistok.tokenizers.text import ReadsText
 from vistok.tokenizers.text_encoders import TextEncoder
-from vistok.tokenizers.titok import SIZES, Size, SizeName, initialise
+from vistok.tokenizers.titok import SIZES, SizeName
 
 T5_XL = TextEncoder(kind="t5", model="google/t5-v1_1-xl", length=32, dim=2048)
 T5_XXL = TextEncoder(kind="t5", model="google/t5-v1_1-xxl", length=32, dim=4096)

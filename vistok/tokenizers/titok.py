@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -13,28 +12,12 @@ from vistok.config import Of, Spec, create
 from vistok.image import Preprocess
 from vistok.layers.attention import float32_linear
 from vistok.layers.conv import to_map
-from vistok.layers.position import resize_table
-from vistok.layers.transformer import Transformer
+from vistok.layers.position import learned_table, resize_table
+from vistok.layers.transformer import Size, Transformer, initialise
 from vistok.quantizers.base import Quantizer
 from vistok.registry import preset, register
 from vistok.tokenizers.base import Tokenizer, TokenizerOutput
 from vistok.tokenizers.maskgit_vqgan import MaskGITDecoder, MaskGITVQGAN
-
-
-@dataclasses.dataclass(frozen=True)
-class Size:
-    """Shape of a transformer.
-
-    Attributes:
-        width: Width, D.
-        depth: Number of blocks.
-        heads: Attention heads.
-    """
-
-    width: int
-    depth: int
-    heads: int
-
 
 SIZES = {"small": Size(512, 8, 8), "base": Size(768, 12, 12), "large": Size(1024, 24, 16)}
 SizeName = Literal["small", "base", "large"]
@@ -60,10 +43,10 @@ class TiTokEncoder(nn.Module):
         width, patches = size.width, grid[0] * grid[1]
         self.legacy_layout, self.num_tokens = legacy_layout, num_tokens
         self.patch_embed = nn.Conv2d(3, width, patch_size, stride=patch_size)
-        self.class_token = _table(1, width)
-        self.position = _table(1 + patches, width)
-        self.latents = _table(num_tokens, width)
-        self.latent_position = _table(num_tokens, width)
+        self.class_token = learned_table(1, width)
+        self.position = learned_table(1 + patches, width)
+        self.latents = learned_table(num_tokens, width)
+        self.latent_position = learned_table(num_tokens, width)
         self.norm_pre = nn.LayerNorm(width)
         self.transformer = Transformer(width, size.depth, size.heads)
         self.norm_post = nn.LayerNorm(width)
@@ -99,10 +82,10 @@ class TiTokDecoder(nn.Module):
         width = size.width
         self.grid = grid
         self.embed = nn.Linear(in_dim, width)
-        self.class_token = _table(1, width)
-        self.mask_token = _table(1, width)
-        self.position = _table(1 + grid[0] * grid[1], width)
-        self.latent_position = _table(num_tokens, width)
+        self.class_token = learned_table(1, width)
+        self.mask_token = learned_table(1, width)
+        self.position = learned_table(1 + grid[0] * grid[1], width)
+        self.latent_position = learned_table(num_tokens, width)
         self.norm_pre = nn.LayerNorm(width)
         self.transformer = Transformer(width, size.depth, size.heads)
         self.norm_post = nn.LayerNorm(width)
@@ -349,28 +332,6 @@ class TwoStageTiTok(TiTokBase):
         logits = self.decode_logits(codes, **short)
         rebuilt = self.logits_to_pixels(logits) if pixels else None
         return TokenizerOutput(images=rebuilt, tokens=tokens, quantized=quantized, extras={"logits": logits})
-
-
-def _table(rows: int, width: int) -> nn.Parameter:
-    return nn.Parameter(torch.randn(rows, width) * width**-0.5)
-
-
-def initialise(*modules: nn.Module) -> None:
-    """Initialise linear and convolutional layers as the official code: truncated normal 0.02, bias 0.
-
-    The fused attention projection stays Xavier-uniform there (it is a bare parameter that the official pass misses),
-    and so it is here. Layer norms keep 1 and 0.
-    """
-    for module in modules:
-        for name, part in module.named_modules():
-            if not isinstance(part, (nn.Linear, nn.Conv2d)):
-                continue
-            if name.endswith("attn.qkv"):
-                nn.init.xavier_uniform_(part.weight)
-            else:
-                nn.init.trunc_normal_(part.weight, std=0.02)
-            if part.bias is not None:
-                nn.init.zeros_(part.bias)
 
 
 _TINY = {"width": 64, "depth": 2, "heads": 2}
