@@ -238,6 +238,20 @@ def value_of(text: str) -> Any:
     return found["value"]  # type: ignore[index,call-overload]
 
 
+def from_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """Values given as `key.sub=value` alone.
+
+    Raises:
+        ConfigError: One is not `key=value`.
+    """
+    from omegaconf import OmegaConf
+
+    config = OmegaConf.create({})
+    for override in overrides:
+        _apply_override(config, override)
+    return typing.cast(dict[str, Any], OmegaConf.to_container(config))
+
+
 def _apply_override(config: Any, override: str) -> None:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException

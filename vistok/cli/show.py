@@ -10,8 +10,9 @@ from typing import Protocol
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 WIDE = 10_000  # a pipe has no width: nothing is wrapped or cut there
 
@@ -63,13 +64,33 @@ def console() -> Console:
     return Console(width=None if sys.stdout.isatty() else WIDE)
 
 
+class Speed(ProgressColumn):
+    """How many a second."""
+
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self.unit = unit
+
+    def render(self, task: Task) -> Text:
+        """`12.3 pictures/s`, nothing before it is known."""
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:.1f} {self.unit}/s" if speed else "")
+
+
 @contextmanager
-def progress(what: str, total: int) -> Iterator[Advance]:
-    """A progress bar on stderr while the block runs; nothing where stderr is not a terminal."""
+def progress(what: str, total: int, unit: str = "") -> Iterator[Advance]:
+    """A progress bar on stderr while the block runs; nothing where stderr is not a terminal.
+
+    Args:
+        what: Name of the work.
+        total: How much there is of it.
+        unit: What is counted, to show how many a second; empty for no speed.
+    """
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
+        *([Speed(unit)] if unit else []),
         TimeRemainingColumn(),
         console=Console(stderr=True),
         transient=True,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vistok.image import PictureError, to_pil
+from vistok.tokens import Tokens
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -34,6 +35,23 @@ class Sample:
     label: int | None = None
 
 
+@dataclass(frozen=True)
+class TokenSample:
+    """One picture of a data set of tokens.
+
+    Attributes:
+        tokens: Its tokens, one row for every view (crop, mirror image) that was made of the picture.
+        key: What the picture was called in the data set it comes from.
+        text: Caption, None if the data set has none.
+        label: Class index, None if the data set has none.
+    """
+
+    tokens: Tokens
+    key: str
+    text: str | None = None
+    label: int | None = None
+
+
 @runtime_checkable
 class Dataset(Protocol):
     """A numbered collection of pictures. Reading is random access, so a position in an epoch is just a number.
@@ -50,6 +68,45 @@ class Dataset(Protocol):
 
     def name(self, index: int) -> str:
         """What to call sample `index` in a message; stable between runs."""
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """One view of several pictures, as a worker hands them over.
+
+    Attributes:
+        values: Ids in the type they are stored in, (B, N) or (B, N, G), or codes (B, N, D).
+        lengths: Valid tokens of each row, (B,).
+        positions: Position of each sample in the run, int64, (B,).
+        text: Captions, None if the data set has none.
+        labels: Class indices, int64, (B,), None if the data set has none.
+    """
+
+    values: Tensor
+    lengths: Tensor
+    positions: np.ndarray
+    text: tuple[str, ...] | None = None
+    labels: np.ndarray | None = None
+
+
+@runtime_checkable
+class TokenDataset(Protocol):
+    """A numbered collection of tokenised pictures; a registered builder like `Dataset`."""
+
+    def __len__(self) -> int:
+        """Number of samples."""
+
+    def read(self, index: int) -> TokenSample:
+        """Sample `index`, 0 .. len - 1."""
+
+    def name(self, index: int) -> str:
+        """What to call sample `index` in a message; stable between runs."""
+
+    def gather(self, indices: Sequence[int], draws: Sequence[int], positions: np.ndarray) -> TokenRows:
+        """Samples of a batch; of a sample with V views the one numbered draw % V."""
+
+    def tokens_of(self, rows: TokenRows) -> Tokens:
+        """The rows as tokens of their tokenizer."""
 
 
 def files_of(dataset: Dataset) -> Sequence[Path] | None:
@@ -81,7 +138,13 @@ def decode(data: bytes, name: str) -> Image:
 
 
 def fingerprint(dataset: Dataset) -> str:
-    """8 hex digits over the names and the order of all samples: equal means position p is the same sample."""
+    """8 hex digits over the names and the order of all samples: equal means position p is the same sample.
+
+    A data set that knows more of itself has it as an attribute `fingerprint`.
+    """
+    own = getattr(dataset, "fingerprint", None)
+    if own is not None:
+        return str(own)
     code = zlib.crc32(str(len(dataset)).encode())
     for index in range(len(dataset)):
         code = zlib.crc32(dataset.name(index).encode(), code)
@@ -102,14 +165,44 @@ def keyed(seed: int, stream: str, *position: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
+class Drawn:
+    """What belongs to the samples of a batch: random numbers keyed by their positions.
+
+    Attributes:
+        positions: Position of each sample in the run (step * global batch + place in the batch), int64, (B,), on the
+            CPU. What is drawn per sample is keyed by it, never by process or worker.
+        seed: The run's seed.
+    """
+
+    positions: Tensor
+    seed: int
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the batch is."""
+        raise NotImplementedError
+
+    def uniform(self, stream: str, count: int = 1) -> Tensor:
+        """Numbers in [0, 1) per sample, float64, (B, count), keyed by (seed, stream, position)."""
+        rows = [keyed(self.seed, stream, int(p)).random(count) for p in self.positions]
+        return torch.from_numpy(np.stack(rows)).to(self.device)
+
+    def normal(self, stream: str, shape: Sequence[int]) -> Tensor:
+        """Standard normal numbers per sample, float32, (B, *shape), keyed by (seed, stream, position)."""
+        rows = [keyed(self.seed, stream, int(p)).standard_normal(shape, dtype=np.float32) for p in self.positions]
+        return torch.from_numpy(np.stack(rows)).to(self.device)
+
+
 @dataclass(frozen=True)
-class Batch:
-    """Samples of one forward pass.
+class Batch(Drawn):
+    """Pictures of one forward pass.
 
     Attributes:
         images: Float RGB in [0, 1], (B, 3, H, W).
-        positions: Position of each sample in the run (step * global batch + place in the batch), int64, (B,), on the
-            CPU. What is drawn per sample is keyed by it, never by process or worker.
+        positions: See `Drawn`.
         seed: The run's seed.
         text: Captions, None if the data set has none.
         labels: Class indices, int64, (B,), None if the data set has none.
@@ -123,15 +216,31 @@ class Batch:
     labels: Tensor | None = None
     skipped: tuple[str, ...] = ()
 
-    def __len__(self) -> int:
-        return len(self.positions)
+    @property
+    def device(self) -> torch.device:
+        """Where the pictures are."""
+        return self.images.device
 
-    def uniform(self, stream: str, count: int = 1) -> Tensor:
-        """Numbers in [0, 1) per sample, float64, (B, count), keyed by (seed, stream, position)."""
-        rows = [keyed(self.seed, stream, int(p)).random(count) for p in self.positions]
-        return torch.from_numpy(np.stack(rows)).to(self.images.device)
 
-    def normal(self, stream: str, shape: Sequence[int]) -> Tensor:
-        """Standard normal numbers per sample, float32, (B, *shape), keyed by (seed, stream, position)."""
-        rows = [keyed(self.seed, stream, int(p)).standard_normal(shape, dtype=np.float32) for p in self.positions]
-        return torch.from_numpy(np.stack(rows)).to(self.images.device)
+@dataclass(frozen=True)
+class TokenBatch(Drawn):
+    """Tokens of one forward pass, for steps that read tokens instead of pictures.
+
+    Attributes:
+        tokens: One row per sample.
+        positions: See `Drawn`.
+        seed: The run's seed.
+        text: Captions, None if the data set has none.
+        labels: Class indices, int64, (B,), None if the data set has none.
+    """
+
+    tokens: Tokens
+    positions: Tensor
+    seed: int = 0
+    text: tuple[str, ...] | None = None
+    labels: Tensor | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tokens are."""
+        return self.tokens.lengths.device

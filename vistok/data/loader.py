@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from vistok.data.augment import Augment
-from vistok.data.base import Batch, Dataset, Sample, keyed
+from vistok.data.base import Batch, Dataset, Drawn, Sample, TokenBatch, TokenDataset, TokenRows, keyed
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -89,6 +89,13 @@ class Reader:
         labels = None if samples[0].label is None else np.array([s.label for s in samples])
         return Raw(pictures, positions, text, labels, tuple(skipped))
 
+    def batch(self, raw: Raw, device: torch.device) -> Batch:
+        """What a worker handed over, on the device."""
+        pictures = torch.from_numpy(raw.pictures).to(device)  # sent as uint8: a quarter of the bytes
+        images = pictures.permute(0, 3, 1, 2).contiguous().float().div_(255)  # (B, 3, H, W)
+        labels = None if raw.labels is None else torch.from_numpy(raw.labels).to(device)
+        return Batch(images, torch.from_numpy(raw.positions), self.seed, raw.text, labels, raw.skipped)
+
     def _cut(self, picture: Image, position: int) -> np.ndarray:
         return self.augment(picture, keyed(self.seed, "augment", position))
 
@@ -105,6 +112,25 @@ class Reader:
         raise DataError(f"None of the {len(self.dataset)} samples of the data set can be read. The first: {first}")
 
 
+class TokenReader:
+    """As `Reader`, for data sets of tokens: nothing is cut, and one of a picture's views is drawn for its position."""
+
+    def __init__(self, dataset: TokenDataset, *, seed: int) -> None:
+        self.dataset, self.seed = dataset, seed
+        self.order = Order(len(dataset), seed)
+
+    def __getitem__(self, positions: np.ndarray) -> TokenRows:
+        """Rows of the samples at these positions."""
+        draws = [int(keyed(self.seed, "view", int(p)).integers(2**31)) for p in positions]
+        return self.dataset.gather([self.order(int(p)) for p in positions], draws, positions)
+
+    def batch(self, rows: TokenRows, device: torch.device) -> TokenBatch:
+        """What a worker handed over, on the device."""
+        labels = None if rows.labels is None else torch.from_numpy(rows.labels).to(device)
+        tokens = self.dataset.tokens_of(rows).to(device)
+        return TokenBatch(tokens, torch.from_numpy(rows.positions), self.seed, rows.text, labels)
+
+
 class Loader:
     """Batches of consecutive steps, prepared in the background.
 
@@ -113,8 +139,8 @@ class Loader:
     depend on how many processes or workers there are, and a run continues at any step without reading what was before.
 
     Args:
-        dataset: Where samples come from.
-        augment: Crops and flips.
+        dataset: Where samples come from: pictures, or tokens (`TokenBatch`).
+        augment: Crops and flips; None for tokens, whose crops and flips were made with them.
         seed: Keys the order and the crops.
         global_batch: Samples per step over all processes.
         accumulation: Batches per step of one process.
@@ -135,8 +161,8 @@ class Loader:
 
     def __init__(
         self,
-        dataset: Dataset,
-        augment: Augment,
+        dataset: Dataset | TokenDataset,
+        augment: Augment | None,
         *,
         seed: int,
         global_batch: int,
@@ -153,7 +179,13 @@ class Loader:
                 f"A global batch of {global_batch} cannot be divided among {world} processes x {accumulation} batches. "
                 f"Choose a multiple of {world * accumulation}."
             )
-        self.reader = Reader(dataset, augment, seed=seed, cache_mb=cache_mb)
+        self.reader: Reader | TokenReader
+        if isinstance(dataset, TokenDataset):
+            self.reader = TokenReader(dataset, seed=seed)
+        elif augment is None:
+            raise DataError("A data set of pictures needs `augment`, which says how they are cut.")
+        else:
+            self.reader = Reader(dataset, augment, seed=seed, cache_mb=cache_mb)
         self.seed, self.global_batch, self.accumulation = seed, global_batch, accumulation
         self.rank, self.world = rank, world
         self.workers, self.prefetch, self.device = workers, prefetch, torch.device(device)
@@ -166,7 +198,7 @@ class Loader:
         first = step * self.global_batch + self.rank * share
         return np.split(np.arange(first, first + share), self.accumulation)
 
-    def steps(self, start: int, stop: int) -> Iterator[list[Batch]]:
+    def steps(self, start: int, stop: int) -> Iterator[list[Any]]:
         """The batches of steps start .. stop - 1, one list a step. Close the iterator to stop the background work."""
         wanted = (part for step in range(start, stop) for part in self.positions(step))
         ahead = Prefetch(self._read(wanted), self.prefetch)
@@ -179,7 +211,7 @@ class Loader:
         finally:
             ahead.close()
 
-    def _read(self, wanted: Iterable[np.ndarray]) -> Iterator[Raw]:
+    def _read(self, wanted: Iterable[np.ndarray]) -> Iterator[Any]:
         if not self.workers:
             return (self.reader[positions] for positions in wanted)
         from torch.utils.data import DataLoader
@@ -196,18 +228,15 @@ class Loader:
             )
         )
 
-    def _batch(self, raw: Raw) -> Batch:
-        for name in raw.skipped:
+    def _batch(self, raw: Any) -> Drawn:
+        for name in getattr(raw, "skipped", ()):
             if name not in self.skipped:
                 warnings.warn(f"{name} cannot be read and is skipped from now on.", stacklevel=2)
             self.skipped[name] = self.skipped.get(name, 0) + 1
-        pictures = torch.from_numpy(raw.pictures).to(self.device)  # sent as uint8: a quarter of the bytes
-        images = pictures.permute(0, 3, 1, 2).contiguous().float().div_(255)  # (B, 3, H, W)
-        labels = None if raw.labels is None else torch.from_numpy(raw.labels).to(self.device)
-        return Batch(images, torch.from_numpy(raw.positions), self.seed, raw.text, labels, raw.skipped)
+        return self.reader.batch(raw, self.device)
 
 
-def _unchanged(raw: Raw) -> Raw:
+def _unchanged(raw: Any) -> Any:
     return raw
 
 

@@ -267,7 +267,12 @@ class Tokenizer(Sized):
         return self.state_dict()
 
     def prefix(self, tokens: Tokens, k: int) -> Tokens:
-        """The first k tokens of every row.
+        """The first k tokens of every row; see `check_count`."""
+        self.check_count(k)
+        return tokens[:, :k]
+
+    def check_count(self, k: int) -> None:
+        """Refuse a number of tokens per picture that this tokenizer cannot be cut to.
 
         Raises:
             ValueError: More than it makes, or fewer of a tokenizer that is not nested.
@@ -279,7 +284,6 @@ class Tokenizer(Sized):
                 f"{self.registry_name} always makes {self.num_tokens} tokens: it was not trained to decode fewer. "
                 "Nested tokenizers can; see `vistok list tokenizer`."
             )
-        return tokens[:, :k]
 
     def check_tokens(self, tokens: Tokens) -> None:
         """Refuse tokens that this model cannot decode.

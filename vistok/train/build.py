@@ -15,7 +15,7 @@ from torch import nn
 from vistok import hub
 from vistok.config import ConfigError, create, write_yaml
 from vistok.data.augment import Augment
-from vistok.data.base import Dataset, fingerprint, keyed
+from vistok.data.base import Dataset, TokenDataset, fingerprint, keyed
 from vistok.data.loader import Loader
 from vistok.train import checkpoint, launch, optim, sharding
 from vistok.train.checkpoint import Snapshot
@@ -104,6 +104,7 @@ def start(recipe: Recipe) -> Run:
     dataset = create("dataset", **recipe.data)
     torch.manual_seed(config.seed)
     task: Step = create("step", **config.step)
+    _refuse_other_data(recipe, task, dataset)
     task.setup(_model(recipe, task), Losses(recipe.losses))
     frozen = optim.freeze(task.trained[task.parts[0]], config.freeze)
     optimizers = {name: recipe.optims[name].build(module) for name, module in task.trained.items()}
@@ -251,6 +252,17 @@ def _refuse_unsharded(recipe: Recipe, sharded: bool) -> None:
         raise ConfigError(f"{', '.join(named)}: not together with FSDP. Leave it out, or start without --use_fsdp.")
 
 
+def _refuse_other_data(recipe: Recipe, task: Step, dataset: Dataset | TokenDataset) -> None:
+    """Refuse tokens for a step that reads pictures, and the other way round."""
+    given = "tokens" if isinstance(dataset, TokenDataset) else "pictures"
+    if given != task.reads:
+        wanted = "name: ids and the folder of vistok tokenize" if task.reads == "tokens" else "e.g. name: folder"
+        raise ConfigError(
+            f"data.name: the step {task.registry_name!r} reads {task.reads}, and {recipe.data['name']!r} gives "
+            f"{given}: give {wanted}."
+        )
+
+
 def accumulation(config: TrainConfig, processes: int) -> int:
     """Forward passes per step of one process: the fewest that keep within `train.batch` and are of equal size."""
     if config.global_batch % processes:
@@ -283,9 +295,9 @@ def _checkpoint_activations(model: nn.Module) -> None:
         stack.gradient_checkpointing = True
 
 
-def _loader(recipe: Recipe, dataset: Dataset, model: nn.Module, accelerator: Accelerator) -> Loader:
-    config, cut = recipe.train, recipe.loader
-    augment = Augment(
+def _augment(cut: LoaderConfig, model: nn.Module) -> Augment:
+    """How the recipe wants pictures cut for a model."""
+    return Augment(
         size=_size(cut, model),
         crop=cut.crop,
         scale=cut.scale,
@@ -294,9 +306,13 @@ def _loader(recipe: Recipe, dataset: Dataset, model: nn.Module, accelerator: Acc
         resample=cut.resample,
         channels=getattr(getattr(model, "preprocess", None), "channels", 3),
     )
+
+
+def _loader(recipe: Recipe, dataset: Dataset | TokenDataset, model: nn.Module, accelerator: Accelerator) -> Loader:
+    config, cut = recipe.train, recipe.loader
     return Loader(
         dataset,
-        augment,
+        None if isinstance(dataset, TokenDataset) else _augment(cut, model),
         seed=config.seed,
         global_batch=config.global_batch,
         accumulation=accelerator.gradient_accumulation_steps,

@@ -8,7 +8,7 @@ from contextlib import closing
 import torch
 from torch import Tensor
 
-from vistok.data.base import Batch
+from vistok.data.base import Drawn
 from vistok.train import build, checkpoint, optim, outcome, sharding
 from vistok.train.build import Run
 from vistok.train.guard import StopSignal, find_cause
@@ -75,7 +75,7 @@ def _loop(run: Run, log: Log, stop: StopSignal) -> Reason:
     return reason
 
 
-def optimise(run: Run, batches: list[Batch], means: Means) -> None:
+def optimise(run: Run, batches: list[Drawn], means: Means) -> None:
     """One step: forward and backward for every batch, an update for every part; its figures go into `means`."""
     seen: list[dict[str, Tensor]] = []
     updated: set[str] = set()

@@ -138,6 +138,7 @@ class Step:
         parts: Names of what has an optimiser of its own, in order; the first is the deliverable.
         own_losses: Entries a recipe's `losses` may have besides registered losses; the step makes them itself.
         model_kind: Registry kind of the recipe's `model`.
+        reads: What its batches hold: `pictures` (`Batch`) or `tokens` (`TokenBatch`, from data sets of tokens).
         unused_parameters: Whether some trained parameters may get no gradient in a step.
         trained: Part name to trained module. The loop replaces the modules by their prepared (wrapped) forms.
         helpers: Modules that are used but not trained; moved to the device.
@@ -147,6 +148,7 @@ class Step:
     parts: ClassVar[tuple[str, ...]] = ("model",)
     own_losses: ClassVar[tuple[str, ...]] = ()
     model_kind: ClassVar[str] = "tokenizer"
+    reads: ClassVar[Literal["pictures", "tokens"]] = "pictures"
     unused_parameters: ClassVar[bool] = False
     registry_name: ClassVar[str]
     trained: dict[str, nn.Module]
@@ -159,13 +161,13 @@ class Step:
         self.helpers = nn.ModuleDict({"losses": losses})
         self.probe = getattr(model, "last_layer", None)
 
-    def run(self, batch: Batch, step: int, generator: torch.Generator) -> Iterator[Part]:
+    def run(self, batch: Any, step: int, generator: torch.Generator) -> Iterator[Part]:
         """The parts of one forward pass, in order.
 
         The loop differentiates each part's loss, and steps its optimiser, before it asks for the next one.
 
         Args:
-            batch: This process's samples.
+            batch: This process's samples, a `Batch` or what `reads` says.
             step: Step of the run.
             generator: Source of noise, keyed by (seed, step, process); what must not depend on the number of
                 processes is drawn with `batch.uniform`.
