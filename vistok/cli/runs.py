@@ -201,11 +201,11 @@ def bench_tokenizer(
     given = {"batch": batch, "rounds": rounds, "threads": threads}
     given = {name: value for name, value in given.items() if value is not None}
     if bench_flow.takes(model):
-        _write_json(out, _bench_flow(model, files.numbers(tokens or "8,32,64", "--tokens"), steps or 2, given))
+        write_json(out, _bench_flow(model, files.numbers(tokens or "8,32,64", "--tokens"), steps or 2, given))
     elif tokens or steps:
         raise ValueError(f"--tokens and --steps are for FlexTok models, and {model} is none.")
     else:
-        _write_json(out, _bench_titok(model, given))
+        write_json(out, _bench_titok(model, given))
 
 
 def _bench_flow(model: str, tokens: Sequence[int], steps: int, given: dict[str, Any]) -> dict[str, Any]:
@@ -287,7 +287,7 @@ def bench_samplers(
     if plot is not None:
         module.plot(result, plot)
         typer.echo(f"Wrote {plot}")
-    _write_json(out, result.to_dict())
+    write_json(out, result.to_dict())
 
 
 @bench.command("quantizers")
@@ -309,7 +309,7 @@ def bench_quantizers(
     if plot is not None:
         module.plot(result, plot)
         typer.echo(f"Wrote {plot}")
-    _write_json(out, result.as_dict())
+    write_json(out, result.as_dict())
 
 
 @bench.command("vlm")
@@ -345,7 +345,7 @@ def bench_vlm(
         dtype=dtype.value,
         plot=plot,
     )
-    _write_json(out, result)
+    write_json(out, result)
 
 
 @bench.command("vit")
@@ -372,7 +372,7 @@ def bench_vit(
         files.listed(models), settings=settings, batch=batch, rounds=rounds, threads=threads, selections=selections
     )
     typer.echo(module.table(result))
-    _write_json(out, result.to_dict())
+    write_json(out, result.to_dict())
 
 
 @bench.command("methods")
@@ -386,10 +386,11 @@ def bench_methods(
     result = module.measure(keep=keep)
     for name, row in result["methods"].items():
         typer.echo(f"{name:20}" + (f"{row['flops']:.1%}" if "flops" in row else row["refused"]))
-    _write_json(out, result)
+    write_json(out, result)
 
 
-def _write_json(path: Path | None, content: Mapping[str, Any]) -> None:
+def write_json(path: Path | None, content: Mapping[str, Any]) -> None:
+    """Write a result if a file was asked for; replaced if it exists."""
     if path is not None:
         import json
 

@@ -11,6 +11,7 @@ import typer
 
 from vistok.cli import files
 from vistok.cli.pictures import Device, Model, load
+from vistok.cli.runs import bench, write_json
 
 if TYPE_CHECKING:
     from vistok.tokenize.job import TokenizeResult
@@ -159,3 +160,30 @@ def _kind_of(path: Any) -> str:
         return "webdataset"
     marks = ("dataset_dict.json", "dataset_info.json", "state.json")
     return "hf" if any((Path(first) / mark).is_file() for mark in marks) else "folder"
+
+
+@bench.command("tokenize")
+def bench_tokenize(
+    model: Annotated[str, typer.Option(help="A tokenizer preset; weights are random.")] = "titok_s128.in1k",
+    data: Annotated[str, typer.Option(help="Folder of pictures; the bundled held-out ones by default.")] = "",
+    batch: Annotated[int, typer.Option(min=1, help="Views encoded at once.")] = 8,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed rounds after one warm-up.")] = 3,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that read pictures; 0 for a thread.")] = 0,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's own number by default.")] = None,
+    device: Device = "cpu",
+    out: Annotated[Path | None, typer.Option(help="JSON file for the result; replaced if it exists.")] = None,
+) -> None:
+    """Pictures to shards: the whole job against the encoder alone and the reading alone."""
+    from vistok.cli.show import Rows
+    from vistok.evaluate import bench_tokenize as module
+
+    spec = {"name": "folder", "path": data} if data else None
+    result = module.run(model, data=spec, batch=batch, rounds=rounds, workers=workers, threads=threads, device=device)
+    speeds = [(name, f"{getattr(result, name):.2f}") for name in ("encoder", "reading", "pipeline")]
+    Rows(("alone and together", "pictures per s>"), speeds).print()
+    typer.echo(
+        f"The job runs at {result.ratio:.1%} of the encoder's speed ({result.cpu_ratio:.1%} by processor time) and "
+        f"waits {result.waited:.1%} of its time for pictures: {result.pictures} pictures, {result.threads} thread(s), "
+        f"{result.device}."
+    )
+    write_json(out, result.to_dict())

@@ -211,7 +211,8 @@ class _Work:
                 part = next(coming)
                 self.waited += time.perf_counter() - start
                 parts.append(Part(part.piece, part.pictures[:0], *_without_pictures(part)))
-                made += self._encode(part)
+                made += encode_views(self.tokenizer, part, self.batch, self.settings.num_tokens)
+                self.made += len(part.keys) * len(views)
                 done += piece.stop - piece.first
                 if piece.last:
                     self._write(piece.shard, parts, made)
@@ -219,23 +220,6 @@ class _Work:
                 if progress is not None:
                     progress(done)
         self.seconds = time.perf_counter() - began
-
-    def _encode(self, part: Part) -> list[Tokens]:
-        """Tokens of a part's views, one after the other, on the CPU."""
-        pictures = part.pictures.flatten(0, 1)  # (n * V, H, W, 3)
-        text = [caption for caption in part.text for _ in range(len(self.settings.views))]
-        found = []
-        for start in range(0, len(pictures), self.batch):
-            rows = slice(start, start + self.batch)
-            images = pictures[rows].to(self.tokenizer.device).permute(0, 3, 1, 2).contiguous().float().div_(255)
-            captions = {"text": text[rows]} if self._reads_text(part) else {}
-            tokens = self.tokenizer.encode(images, self.settings.num_tokens, **captions)
-            found.append(tokens.to("cpu"))
-            self.made += len(images)
-        return found
-
-    def _reads_text(self, part: Part) -> bool:
-        return "text" in self.tokenizer.options and part.text[0] is not None
 
     def _write(self, number: int, parts: list[Part], made: list[Tokens]) -> None:
         """Write a shard, then the note that it is complete."""
@@ -259,6 +243,20 @@ class _Work:
                 layout=layout,
             )
         manifest.note(self.folder, facts)
+
+
+def encode_views(tokenizer: Tokenizer, part: Part, batch: int, num_tokens: int | None = None) -> list[Tokens]:
+    """Tokens of a part's views, one after the other, in batches of at most `batch`, on the CPU."""
+    pictures = part.pictures.flatten(0, 1)  # (n * V, H, W, 3)
+    text = [caption for caption in part.text for _ in range(part.pictures.shape[1])]
+    reads_text = "text" in tokenizer.options and bool(text) and text[0] is not None
+    found = []
+    for start in range(0, len(pictures), batch):
+        rows = slice(start, start + batch)
+        images = pictures[rows].to(tokenizer.device).permute(0, 3, 1, 2).contiguous().float().div_(255)
+        captions = {"text": text[rows]} if reads_text else {}
+        found.append(tokenizer.encode(images, num_tokens, **captions).to("cpu"))
+    return found
 
 
 def _kept(tokens: Tokens) -> Tokens:
