@@ -25,6 +25,23 @@ def test_counts_are_the_bincount_of_the_window(window):
     assert sorted(tracker.counts()[0].tolist()) == sorted(c for c in expected.tolist() if c or window >= 16)
 
 
+@pytest.mark.parametrize(("vocab", "window"), [((16,), 50), ((8, 16), 33), ((4, 4, 4), 1000), ((2**23,), 40)])
+def test_counts_follow_the_window_through_every_step(vocab, window):
+    tracker, rows = UsageTracker(vocab, window=window), torch.zeros(0, len(vocab), dtype=torch.int64)
+    for t in range(40):
+        ids = torch.stack([torch.randint(v, (2, t % 19)) for v in vocab], dim=-1)
+        mask = torch.rand(ids.shape[:2]) > 0.3
+        tracker.update(tracker_shape(ids), mask)
+        rows = torch.cat([rows, ids.masked_fill(~mask.unsqueeze(-1), -1).flatten(0, 1)])[-window:]
+        for found, column in zip(tracker.counts(), rows.T):
+            expected = torch.unique(column[column >= 0], return_counts=True)[1]
+            assert torch.equal(found[found > 0], expected)
+
+
+def tracker_shape(ids):
+    return ids.squeeze(-1) if ids.shape[-1] == 1 else ids
+
+
 def test_one_step_larger_than_the_window_is_fine():
     tracker = UsageTracker((4,), window=8)
     ids = torch.arange(100) % 4
