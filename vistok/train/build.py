@@ -336,7 +336,7 @@ def _prepare(run: Run) -> None:
     """Wrap modules and optimisers for device, precision and processes."""
     accelerator, task = run.accelerator, run.task
     if run.recipe.train.compile:
-        run.model.compile()
+        _compile(run.model)
     task.helpers.to(accelerator.device)
     if run.sharded:
         task.probe = None  # its gradient is not to be had: weights are whole only inside the forward pass
@@ -348,6 +348,14 @@ def _prepare(run: Run) -> None:
     prepared = accelerator.prepare(*task.trained.values(), *run.optimizers.values())
     task.trained = dict(zip(names, prepared[: len(names)]))
     run.optimizers = dict(zip(run.optimizers, prepared[len(names) :]))
+
+
+def _compile(model: nn.Module) -> None:
+    """Compile a model in place (the names of its weights stay), so that gradients can be taken twice."""
+    import torch._functorch.config as functorch
+
+    functorch.donated_buffer = False  # gradient norms per loss and adaptive weights come before the backward pass
+    model.compile()
 
 
 def _load_modules(run: Run, found: Snapshot) -> None:
