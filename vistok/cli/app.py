@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 import vistok
-from vistok.cli import catalogue, convert, errors, pictures, prior, runs, scaling, tokenize
+from vistok.cli import catalogue, convert, demo, errors, pictures, prior, runs, scaling, tokenize
 
 # typer carries click as a private module in newer versions; its base of all usage errors is reached this way in all
 UsageError: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
@@ -54,6 +54,7 @@ app.command("decode")(pictures.decode)
 app.command("reconstruct")(pictures.reconstruct)
 app.command("prior")(prior.prior)
 app.command("tokenize")(tokenize.tokenize)
+app.command("demo")(demo.demo)
 app.command("convert")(convert.convert)
 app.add_typer(runs.bench, name="bench")
 app.command("scaling")(scaling.scaling)

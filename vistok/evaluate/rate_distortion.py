@@ -84,6 +84,28 @@ def codec_candidates(picture: np.ndarray, codec: str, largest: int) -> list[tupl
     return found
 
 
+def smallest_file(picture: np.ndarray, codec: str) -> int:
+    """Bytes of the smallest file of a codec, over all scales at the lowest quality.
+
+    Args:
+        picture: uint8, (H, W, 3).
+        codec: A key of `CODECS`.
+
+    Raises:
+        OSError: This Pillow was built without the codec.
+    """
+    from PIL import Image
+
+    options = {k: v for k, v in CODECS[codec].items() if k != "qualities"}
+    full, sizes = Image.fromarray(picture), []
+    for scale in SCALES:
+        file = io.BytesIO()
+        size = (max(1, full.width // scale), max(1, full.height // scale))
+        full.resize(size, Image.Resampling.LANCZOS).save(file, quality=CODECS[codec]["qualities"][0], **options)
+        sizes.append(file.tell())
+    return min(sizes)
+
+
 def best_that_fits(picture: np.ndarray, files: Sequence[tuple[int, np.ndarray]], budget: int) -> Any:
     """The file of the highest PSNR among those of at most `budget` bytes; None if there is none."""
     fitting = [f for f in files if f[0] <= budget]
