@@ -8,8 +8,10 @@ import hashlib
 import inspect
 import json
 import os
+import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,10 +25,54 @@ CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 FORMAT = "vistok"
 HUB_PREFIX = "hf-hub:"
+KEPT = ("tokenizer", "compressor")
+"""Kinds whose modules are kept in folders."""
 
 
 class LoadError(ValueError):
     """Weights or a configuration that do not fit; the message lists what does not."""
+
+
+Converted = tuple[str, dict[str, Any], dict[str, Tensor]]
+Rules = Sequence[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Format:
+    """One project's checkpoint layout.
+
+    Attributes:
+        name: What users call it.
+        recognises: Whether a configuration and a set of keys are of this layout.
+        convert: (configuration, tensors) -> (builder name, its config, tensors under our keys).
+        kind: Registry kind of what it becomes.
+    """
+
+    name: str
+    recognises: Callable[[Mapping[str, Any], Mapping[str, Tensor]], bool]
+    convert: Callable[[Mapping[str, Any], Mapping[str, Tensor]], Converted]
+    kind: str = "tokenizer"
+
+
+FORMATS: list[Format] = []
+"""Every layout that is known, entered by the modules of the kinds in `KEPT`."""
+
+
+def rename(tensors: Mapping[str, Tensor], rules: Rules) -> dict[str, Tensor]:
+    """Rename keys by regular expressions, applied in order, each to the result of the one before.
+
+    Raises:
+        ValueError: Two keys get the same name.
+    """
+    renamed: dict[str, Tensor] = {}
+    for key, value in tensors.items():
+        new = key
+        for pattern, replacement in rules:
+            new = re.sub(pattern, replacement, new)
+        if new in renamed:
+            raise ValueError(f"Two keys of this checkpoint become {new!r}, one of them {key!r}.")
+        renamed[new] = value
+    return renamed
 
 
 class Saveable:

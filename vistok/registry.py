@@ -29,6 +29,7 @@ FOLDERS: Mapping[str, str] = MappingProxyType(
         "loss": "vistok.losses",
         "step": "vistok.train.steps",
         "method": "vistok.compress.methods",
+        "compressor": "vistok.compress.compressors",
         "family": "vistok.plugins.families",
         "host": "vistok.plugins.hosts",
         "dataset": "vistok.data",

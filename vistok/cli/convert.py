@@ -29,8 +29,10 @@ def convert(
     files.refuse_existing(targets, overwrite=overwrite)
     model = load(source, config=config)
     model.save_pretrained(out)
-    count, bits = hub.count_parameters(model), model.num_tokens * model.quantizer.bits
-    rate = f"{model.num_tokens} tokens, " + (f"{bits:g} bits" if bits else "continuous latents")
+    count, rate = hub.count_parameters(model), f"{model.num_tokens} tokens"
+    if model.registry_kind == "tokenizer":
+        bits = model.num_tokens * model.quantizer.bits
+        rate += f", {bits:g} bits" if bits else ", continuous latents"
     typer.echo(f"{model.registry_name} {model.model_id}: {count / 1e6:.2f} M parameters, {rate} per picture.")
     for path in targets:
         typer.echo(f"Wrote {path}")

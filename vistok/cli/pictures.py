@@ -189,7 +189,7 @@ def load(model: str, device: str, *, whole: bool = False) -> Tokenizer:
         torch.zeros(1, device=where).item()
     except (RuntimeError, AssertionError, NotImplementedError) as err:  # no driver, no such card, no memory behind it
         raise typer.BadParameter(f"--device: {device!r} cannot be used on this machine. Try cpu or cuda.") from err
-    found = load_tokenizer(model, device=where)
+    found: Tokenizer = load_tokenizer(model, device=where, kind="tokenizer")
     if whole and found.multiple is None:
         raise ValueError(f"{model} takes pictures of one size only, so --whole does not go with it.")
     if whole:

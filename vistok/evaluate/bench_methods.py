@@ -12,8 +12,10 @@ import torch
 from torch import nn
 
 from vistok.compress.method import FeatureMethod, Method
+from vistok.compress.trained import TrainedMethod
 from vistok.config import create
-from vistok.plugins.families.base import Family
+from vistok.plugins.compressed import build_for
+from vistok.plugins.families.base import Family, family_of
 from vistok.plugins.families.encoder import Encoder
 from vistok.registry import list_names, registry
 
@@ -48,7 +50,7 @@ def measure(host: Mapping[str, int] = HOST, keep: float = KEEP, methods: list[st
     rows: dict[str, Any] = {}
     for name in names() if methods is None else methods:
         try:
-            setting = _setting(name, keep)
+            setting = _setting(name, keep, model)
             found = _count(model, inputs, setting)
             rows[name] = {"flops": found["flops"] / whole, "left": found["left"], "settings": _plain(setting)}
         except (TypeError, ValueError) as error:
@@ -58,11 +60,19 @@ def measure(host: Mapping[str, int] = HOST, keep: float = KEEP, methods: list[st
 
 
 def _plain(setting: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in setting.items() if k != "name"}
+    """What can be stored: of a compressor its window."""
+    plain = {k: v for k, v in setting.items() if k not in ("name", "compressor")}
+    return plain | ({"window": setting["compressor"].window} if "compressor" in setting else {})
 
 
-def _setting(name: str, keep: float) -> dict[str, Any]:
-    annotations = registry("method").resolve(name)[1].__init__.__annotations__  # type: ignore[misc]
+def _setting(name: str, keep: float, model: Any) -> dict[str, Any]:
+    builder: Any = registry("method").resolve(name)[1]
+    if issubclass(builder, TrainedMethod):  # untrained: it costs the same
+        config = model.config.vision_config
+        side = config.image_size // config.patch_size
+        window = next(k for k in range(1, side + 1) if side % k == 0 and k * k * keep >= 1)
+        return {"name": name, "compressor": build_for(model, family_of(model), builder.builder, window=window).eval()}
+    annotations = builder.__init__.__annotations__
     return {"name": name, "keep": keep} if "keep" in annotations else {"name": name}
 
 

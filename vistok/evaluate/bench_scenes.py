@@ -234,7 +234,7 @@ def _row(
     low, high = wilson(sum(right), len(right))
     return {
         "method": setting.label,
-        "keep": setting.keep,
+        "keep": left if setting.keep is None else setting.keep,
         "image_left": left,
         "accuracy": sum(right) / len(right),
         "tokdense": tokdense(100 * sum(right) / len(right), left) if left else None,

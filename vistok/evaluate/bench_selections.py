@@ -20,14 +20,18 @@ SHALLOW = 1
 
 
 def selections() -> list[str]:
-    """Methods between tower and language model that work on pictures and read no pixels anew."""
+    """Methods between tower and language model that work on pictures, read no pixels anew and need no training."""
     found = []
     for name in list_names("method"):
         _, builder, preset = registry("method").resolve(name)
         if preset is not None or not (isinstance(builder, type) and issubclass(builder, FeatureMethod)):
             continue
         method = create("method", name)
-        if method.stages == {"features"} and "image" in method.modalities and not method.needs & {"pixels"}:
+        if (
+            method.stages == {"features"}
+            and "image" in method.modalities
+            and not (method.trained or method.needs & {"pixels"})
+        ):
             found.append(name)
     return found
 

@@ -17,6 +17,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from vistok.config import ConfigError, read_yaml, schema
+from vistok.registry import registry
+
 Inputs = dict[str, Any]
 Now = Callable[[torch.device], float]
 Budget = float | int
@@ -204,12 +207,12 @@ class Setting:
 
     Attributes:
         label: What tables call it.
-        keep: Its budget.
+        keep: Its budget; None for a method that takes none.
         method: What `vistok.attach` takes; None for the plain model.
     """
 
     label: str
-    keep: Budget
+    keep: Budget | None
     method: Mapping[str, Any] | None
 
 
@@ -217,7 +220,7 @@ PLAIN = Setting(label="none", keep=1.0, method=None)
 
 
 def settings_of(methods: Sequence[str | Mapping[str, Any]], keep: Sequence[Budget]) -> list[Setting]:
-    """Every method at every budget; a mapping or a file with a `keep` of its own stands as it is.
+    """Every method at every budget; one that takes no budget, or has a `keep` of its own, stands as it is.
 
     Args:
         methods: Names, mappings `{name: ..., ...}`, or YAML files with such a mapping, which lend it their names.
@@ -227,6 +230,9 @@ def settings_of(methods: Sequence[str | Mapping[str, Any]], keep: Sequence[Budge
     for method in methods:
         label = Path(method).stem if isinstance(method, str) and _is_file(method) else None
         given = dict(_mapping(method))
+        if "keep" not in schema(registry("method").resolve(given["name"])[1]):
+            found.append(Setting(label=label or given["name"], keep=None, method=given))
+            continue
         budgets = [given["keep"]] if given.get("keep") is not None else keep
         found += [Setting(label=label or given["name"], keep=b, method={**given, "keep": b}) for b in budgets]
     return found
@@ -241,8 +247,6 @@ def _mapping(method: str | Mapping[str, Any]) -> Mapping[str, Any]:
         return method
     if not _is_file(method):
         return {"name": method}
-    from vistok.config import ConfigError, read_yaml
-
     found = read_yaml(method)
     if not isinstance(found.get("name"), str):
         raise ConfigError(f"{method}: a setting needs the name of its method, e.g. name: fastv.")
@@ -374,7 +378,7 @@ def _row(setting: Setting, fact: dict[str, Any], times: Any, i: int, plain: dict
     allowed = plain["flops"] / fact["flops"]
     return {
         "method": setting.label,
-        "keep": setting.keep,
+        "keep": fact["image_left"] if setting.keep is None else setting.keep,
         "image_left": fact["image_left"],
         "prefill_ms": medians[0],
         "language_ms": medians[1],

@@ -14,9 +14,11 @@ from torch import nn
 
 from vistok.compress.method import FeatureMethod, Method
 from vistok.compress.trace import Trace
+from vistok.compress.trained import TrainedMethod
 from vistok.compress.vision import VisionMethod
 from vistok.config import create, read_yaml
 from vistok.plugins.cache import given_cache, returned_cache
+from vistok.plugins.compressed import refuse_misfit
 from vistok.plugins.families.base import Family, family_of, is_host
 from vistok.plugins.families.encoder import encoder_of
 from vistok.plugins.handle import Handle
@@ -275,6 +277,8 @@ def check(plugin: Plugin) -> None:
     method, runtime = plugin.method, plugin.runtime
     if isinstance(method, FeatureMethod):
         plugin.family.refuse(plugin.model, plugin.name, method.wanted())
+    if isinstance(method, TrainedMethod):
+        refuse_misfit(runtime, plugin.name)
     if plugin.family.mrope and method.renumber:
         raise ValueError(
             f"{plugin.name} renumbers positions here, which three-dimensional positions do not allow. "

@@ -103,6 +103,27 @@ class Smaller:
     grids: list[list[tuple[int, ...]]]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Patches:
+    """Pictures behind the tower, in front of the projector, tile by tile.
+
+    Attributes:
+        output: What the tower gave.
+        features: What the projector would get, (T, P, C).
+        states: Hidden states of the tower, embeddings first, (T, P, C) each.
+        grid: Rows and columns of a tile's patches.
+        tiles: Tiles of every image.
+        blocks: Grids of every image as the host lays it out.
+    """
+
+    output: Any
+    features: Tensor
+    states: tuple[Tensor, ...]
+    grid: tuple[int, int]
+    tiles: list[int]
+    blocks: list[list[Block]]
+
+
 def resized(pixels: Tensor, size: tuple[int, int]) -> Tensor:
     """Pictures (..., C, H, W) made smaller, bicubic with antialiasing, in float32."""
     flat = pixels.reshape(-1, *pixels.shape[-3:])

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from vistok.compress.method import FeatureMethod
 from vistok.compress.reduction import pack, take
+from vistok.compress.trained import TrainedMethod
 from vistok.compress.vision import VisionMethod
+from vistok.plugins.compressed import compressed
 from vistok.plugins.families.base import PIXELS
 from vistok.plugins.features import Encoded, compress
 from vistok.plugins.layout import build, find
@@ -125,6 +127,8 @@ def _compressed(runtime: Runtime, kwargs: dict[str, Any], masks: dict[str, Tenso
     assert isinstance(method, FeatureMethod)
     if "pixels" in method.needs:
         return downsampled(runtime, kwargs, masks)
+    if isinstance(method, TrainedMethod):
+        return compressed(runtime, kwargs, masks)
     return compress(runtime, kwargs, masks)
 
 

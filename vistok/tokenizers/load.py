@@ -1,4 +1,4 @@
-"""`vistok.load`: a published or own tokenizer from a preset's name, a folder or the hub."""
+"""`vistok.load`: a published or own model from a preset's name, a folder or the hub."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from vistok.codec.prior import Prior
 from vistok.codec.prior import read as read_prior
 from vistok.registry import list_names, nearest, registry
 from vistok.tokenizers.base import Tokenizer
-from vistok.tokenizers.official import FORMATS
 from vistok.tokenizers.official.layout import read_checkpoint
 
 
@@ -26,41 +25,48 @@ def load(
     image_size: tuple[int, int] | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
-) -> Tokenizer:
-    """Load a tokenizer with its weights, strictly, ready for inference.
+    kind: str | None = None,
+) -> Any:
+    """Load a tokenizer (or a trained compressor) with its weights, strictly, ready for inference.
 
     Args:
         source: A preset with weights (`vistok.list("tokenizer", pretrained=True)`), a folder, or `hf-hub:org/name`.
             A single weight file of an official project works too. Folders in vistok's own format and in the official
             ones (a weight file beside its YAML, for one) are recognised by their configuration and keys.
         config: Configuration of official weights that lie elsewhere: YAML, JSON, or Python assignments, read as data.
-        image_size: (H, W) for pictures of another size (position tables are interpolated); the trained size if None.
+        image_size: (H, W) for pictures of another size (position tables are interpolated); the trained size if None. Of
+            tokenizers.
         device: Where to put it.
         dtype: Precision of the weights; ids are computed in float32 from the quantizer's projection on.
+        kind: What it has to be, `tokenizer` or `compressor`; either if None.
 
     Raises:
-        LoadError: Nothing there, an unknown format, or weights that do not fit; lists what does not.
+        LoadError: Nothing there, an unknown format, another kind, or weights that do not fit; lists what does not.
 
     Example:
         >>> tok = vistok.load("titok_s128.in1k")             # or a folder, or hf-hub:org/name
         >>> pictures = tok.decode(tok.encode("photo.jpg"))
     """
-    tokenizer = _load(source, config)
+    found = _load(source, config)
+    if kind is not None and found.registry_kind != kind:
+        raise hub.LoadError(f"{source} holds a {type(found).__name__}, not a {kind}.")
+    if isinstance(found, Tokenizer):
+        found.prior = _prior(source)
     if image_size is not None:
-        tokenizer = tokenizer.resized(image_size)
-    return tokenizer.eval().to(device=device, dtype=dtype)
+        if not isinstance(found, Tokenizer):
+            raise hub.LoadError(f"{source} holds a {type(found).__name__}, which has no image_size. Leave it out.")
+        found = found.resized(image_size)
+    return found.eval().to(device=device, dtype=dtype)
 
 
-def _load(source: str | Path, config_file: str | Path | None) -> Tokenizer:
+def _load(source: str | Path, config_file: str | Path | None) -> Any:
     config, tensors = _read(source, config_file)
     if config.get("format") == hub.FORMAT:
-        found = hub.build_saved(config, tensors, str(source))
-    else:
-        found = _from_official(config, tensors, str(source))
-    if not isinstance(found, Tokenizer):
-        raise hub.LoadError(f"{source} holds a {type(found).__name__}, not a tokenizer.")
-    found.prior = _prior(source)
-    return found
+        kind = config.get("kind")
+        if isinstance(kind, str) and kind not in hub.KEPT:
+            raise hub.LoadError(f"{source} holds a {kind!r}, and vistok.load reads: {', '.join(hub.KEPT)}.")
+        return hub.build_saved(config, tensors, str(source))
+    return _from_official(config, tensors, str(source))
 
 
 def _prior(source: str | Path) -> Prior | None:
@@ -105,8 +111,9 @@ def _read(source: str | Path, config_file: str | Path | None) -> tuple[dict[str,
 
 
 def _from_official(config: Mapping[str, Any], tensors: Mapping[str, Tensor], source: str) -> Any:
-    registry("tokenizer").fill()
-    for layout in FORMATS:
+    for kind in hub.KEPT:
+        registry(kind).fill()
+    for layout in hub.FORMATS:
         if layout.recognises(config, tensors):
             try:
                 name, ours, renamed = layout.convert(config, tensors)
@@ -114,8 +121,8 @@ def _from_official(config: Mapping[str, Any], tensors: Mapping[str, Tensor], sou
                 raise hub.LoadError(
                     f"{source} looks like {layout.name}, but is incomplete or altered: {type(err).__name__}: {err}."
                 ) from err
-            found = hub.create_saved("tokenizer", name, ours, source)
+            found = hub.create_saved(layout.kind, name, ours, source)
             hub.load_strictly(found, renamed, source)
             return found
-    known = "; ".join(f.name for f in FORMATS)
+    known = "; ".join(f.name for f in hub.FORMATS)
     raise hub.LoadError(f"{source} is in no format vistok knows. Known: vistok's own; {known}.")

@@ -326,6 +326,8 @@ def _loader(recipe: Recipe, dataset: Dataset | TokenDataset, model: nn.Module, a
 
 
 def _size(cut: LoaderConfig, model: Any) -> tuple[int, int]:
+    if cut.image_size is None and not hasattr(model, "preprocess"):
+        raise ConfigError(f"data.image_size: a {type(model).__name__} has no picture size of its own. Give the host's.")
     if cut.image_size is None:
         size: tuple[int, int] = tuple(model.preprocess.size)
         return size

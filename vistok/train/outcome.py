@@ -140,7 +140,7 @@ def finish(run: Run, log: Log, reason: Reason, signal: str, command: str) -> Tra
 def written(out: Path, kind: str = "tokenizer") -> dict[Path, str]:
     """What a run's folder holds now, with a few words on each; the model lies under the name of its kind."""
     known = {
-        out / kind: "the trained model" + ("; vistok.load reads it" if kind == "tokenizer" else ""),
+        out / kind: "the trained model" + ("; vistok.load reads it" if kind in hub.KEPT else ""),
         out / METRICS: "every figure of the training",
         out / checkpoint.RECIPE: "the complete recipe",
         out / "tensorboard": "the same for TensorBoard",

@@ -13,6 +13,7 @@ from vistok.compress.budget import HostShape
 from vistok.compress.reduction import Reduction
 from vistok.plugins.blocks import Block as Block
 from vistok.plugins.blocks import Entry as Entry
+from vistok.plugins.blocks import Patches as Patches
 from vistok.plugins.blocks import Smaller as Smaller
 from vistok.plugins.blocks import entry as entry
 from vistok.plugins.blocks import grouped as grouped
@@ -252,6 +253,49 @@ class Family:
         raise TypeError(
             f"{type(self).__name__} cannot make pictures smaller before its tower. Use pool, or another host."
         )
+
+    def tower_states(
+        self, model: Any, kwargs: dict[str, Any], tiles: Tensor, **extra: Any
+    ) -> tuple[Any, Tensor, tuple[Tensor, ...]]:
+        """Tiles through the tower alone, for projectors that take one patch at a time.
+
+        Args:
+            model: The host.
+            kwargs: Its arguments, which may choose other layers.
+            tiles: Pixels, (T, C, H, W).
+            extra: Further arguments of the tower.
+
+        Returns:
+            The tower's output, what the projector would get (T, P, C), and all hidden states with the class token.
+        """
+        config = model.config
+        output = self.tower(model)(tiles, output_hidden_states=True, return_dict=True, **extra)
+        states: tuple[Tensor, ...] = output.hidden_states
+        layer = kwargs.get("vision_feature_layer") or config.vision_feature_layer
+        hidden = torch.cat([states[i] for i in ([layer] if isinstance(layer, int) else layer)], dim=-1)
+        if (kwargs.get("vision_feature_select_strategy") or config.vision_feature_select_strategy) == "default":
+            hidden = hidden[:, 1:]
+        return output, hidden, states
+
+    def patches(self, model: Any, kwargs: dict[str, Any]) -> Patches:
+        """Run the tower on the pictures, but not the projector.
+
+        Raises:
+            TypeError: The family's projector takes more than a patch at a time.
+        """
+        raise TypeError(f"{type(self).__name__} has no patches that go to its projector one by one.")
+
+    def placed(self, model: Any, kwargs: dict[str, Any], patches: Patches, features: Tensor, side: int) -> Smaller:
+        """Features of tiles that became smaller, laid out as the host lays out full ones.
+
+        Args:
+            model: The host.
+            kwargs: Its arguments.
+            patches: What they were made of.
+            features: Of every tile, (T, M, D).
+            side: Patches along each side of the window that one feature stands for.
+        """
+        raise TypeError(f"{type(self).__name__} has no patches that go to its projector one by one.")
 
     def host_shape(self, model: Any) -> HostShape:
         """Sizes of the language model."""

@@ -24,6 +24,7 @@ class Idefics3(Family):
     withheld: ClassVar[dict[str, str]] = {
         "crops": "every tile is an image of its own, with text between the tiles",
         "class_token": "its tower has none",
+        "patches": "its projector takes several at a time",
     }
 
     def text_model(self, model: Any) -> Any:

@@ -30,6 +30,7 @@ class InternVL(Family):
     withheld: ClassVar[dict[str, str]] = {
         "crops": "its prompts do not say how the tiles of a picture lie",
         "class_token": "its tower's class token never reaches the projector, which takes four patches at a time",
+        "patches": "its projector takes four at a time",
     }
 
     def attentions(self, model: Any) -> list[Any]:

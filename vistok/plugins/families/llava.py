@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vistok.compress.grid import fit_grid
-from vistok.plugins.families.base import Block, Family, Smaller, resized
+from vistok.plugins.families.base import Block, Family, Patches, Smaller, resized
 from vistok.registry import register
 
 
@@ -39,3 +39,22 @@ class Llava(Family):
         features = self.features(model, output)
         grids: list[list[tuple[int, ...]]] = [[small] for _ in pixels]
         return {"image": Smaller(output=output, features=features, blocks=[[full] for _ in pixels], grids=grids)}
+
+    def patches(self, model: Any, kwargs: dict[str, Any]) -> Patches:
+        """Every picture is one tile."""
+        pixels: Tensor = kwargs["pixel_values"]
+        patch = self.tower(model).config.patch_size
+        output, features, states = self.tower_states(model, kwargs, pixels)
+        h, w = pixels.shape[-2] // patch, pixels.shape[-1] // patch
+        full = Block(columns=torch.arange(h * w), grid=(h, w))
+        count = len(pixels)
+        return Patches(
+            output=output, features=features, states=states, grid=(h, w), tiles=[1] * count, blocks=[[full]] * count
+        )
+
+    def placed(self, model: Any, kwargs: dict[str, Any], patches: Patches, features: Tensor, side: int) -> Smaller:
+        """One smaller grid per picture."""
+        small: tuple[int, ...] = (patches.grid[0] // side, patches.grid[1] // side)
+        patches.output.pooler_output = list(features)  # as the host has it
+        grids = [[small] for _ in features]
+        return Smaller(output=patches.output, features=list(features), blocks=patches.blocks, grids=grids)

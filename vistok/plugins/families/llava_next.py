@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vistok.compress.crops import split_axis, valid_rectangle
-from vistok.plugins.families.base import Block, Family, Smaller, resized
+from vistok.plugins.families.base import Block, Family, Patches, Smaller, resized
 from vistok.registry import register
 
 
@@ -164,19 +164,15 @@ class LlavaNext(Family):
         self, model: Any, kwargs: dict[str, Any], count: Callable[[int], int], runs: dict[str, list[int]]
     ) -> dict[str, Smaller]:
         """All tiles of a picture on smaller squares; the small mosaic is unpadded like the full one."""
-        side, base = self.side(model), model.base_model
-        tiles, sizes = self.tiles(model, kwargs), kwargs["image_sizes"].tolist()
-        pixels: Tensor = kwargs["pixel_values"]
-        pieces = [p[:n] for p, n in zip(pixels, tiles)] if pixels.ndim == 5 else list(pixels.split(tiles))
-        ones = self.spread(model, kwargs, "image", pixels.new_ones(sum(tiles), side**2, 1))
-        plain = None if base.image_newline is None else pixels.new_zeros(1)
-        blocks = [anyres_blocks(f, plain) for f in ones]
+        side, tiles = self.side(model), self.tiles(model, kwargs)
+        pieces, blocks = self._tiled(model, kwargs)
+        sizes = kwargs["image_sizes"].tolist()
         layouts = [self.layout(model, size) if n > 1 else (0, 0) for size, n in zip(sizes, tiles)]
         plan = [
             small_side(side, (size[1], size[0]), layout, count(sum(b.length for b in image)), image)
             for size, layout, image in zip(sizes, layouts, blocks)
         ]
-        found: list[Tensor] = [pixels] * len(plan)
+        found: list[Tensor] = [pieces[0]] * len(plan)
         grids: list[list[tuple[int, ...]]] = [[] for _ in plan]
         output: Any = None
         for small in sorted({s for s, _ in plan}):
@@ -192,17 +188,48 @@ class LlavaNext(Family):
         output.pooler_output = found  # a list, as the host has it
         return {"image": Smaller(output=output, features=found, blocks=blocks, grids=grids)}
 
+    def _tiled(self, model: Any, kwargs: dict[str, Any]) -> tuple[list[Tensor], list[list[Block]]]:
+        """Pixels of every picture's tiles, without padding, and its grids."""
+        side, tiles = self.side(model), self.tiles(model, kwargs)
+        pixels: Tensor = kwargs["pixel_values"]
+        pieces = [p[:n] for p, n in zip(pixels, tiles)] if pixels.ndim == 5 else list(pixels.split(tiles))
+        ones = self.spread(model, kwargs, "image", pixels.new_ones(sum(tiles), side**2, 1))
+        plain = None if model.base_model.image_newline is None else pixels.new_zeros(1)
+        return pieces, [anyres_blocks(f, plain) for f in ones]
+
+    def patches(self, model: Any, kwargs: dict[str, Any]) -> Patches:
+        """Overview and crops of every picture."""
+        side = self.side(model)
+        pieces, blocks = self._tiled(model, kwargs)
+        output, features, states = self.tower_states(model, kwargs, torch.cat(pieces))
+        tiles = [len(piece) for piece in pieces]
+        return Patches(output=output, features=features, states=states, grid=(side, side), tiles=tiles, blocks=blocks)
+
+    def placed(self, model: Any, kwargs: dict[str, Any], patches: Patches, features: Tensor, side: int) -> Smaller:
+        """Smaller tiles, unpadded like the full ones, with a newline behind every row."""
+        sizes = kwargs["image_sizes"].tolist()
+        found: list[Tensor] = []
+        grids: list[list[tuple[int, ...]]] = []
+        for tiles, size, blocks in zip(features.split(patches.tiles), sizes, patches.blocks):
+            layout = self.layout(model, size) if len(tiles) > 1 else (0, 0)
+            if len(blocks) == 1:  # the padding left nothing of the crops
+                layout = (0, 0)
+            packed = self._packed(model, tiles, patches.grid[0] // side, (size[1], size[0]), layout, blocks)
+            if any(n > o for block, small in zip(blocks, packed[1]) for n, o in zip(small, block.grid or small)):
+                raise ValueError(
+                    f"A picture of {size[1]} x {size[0]} pixels: windows of {side} leave more than the host."
+                )
+            found.append(packed[0])
+            grids.append(packed[1])
+        patches.output.pooler_output = found  # a list, as the host has it
+        return Smaller(output=patches.output, features=found, blocks=patches.blocks, grids=grids)
+
     def project_smaller(self, model: Any, kwargs: dict[str, Any], tiles: Tensor, small: int) -> tuple[Any, Tensor]:
         """Tiles as squares of small x small patches through tower and projector: output and (tiles, n, D)."""
-        config, patch = model.config, model.config.vision_config.patch_size
+        patch = model.config.vision_config.patch_size
         size = (small * patch, small * patch)
         pixels = tiles if tiles.shape[-2:] == size else resized(tiles, size)
-        output = self.tower(model)(pixels, interpolate_pos_encoding=True, output_hidden_states=True, return_dict=True)
-        layer = kwargs.get("vision_feature_layer") or config.vision_feature_layer
-        layers = [layer] if isinstance(layer, int) else layer
-        hidden = torch.cat([output.hidden_states[i] for i in layers], dim=-1)
-        if (kwargs.get("vision_feature_select_strategy") or config.vision_feature_select_strategy) == "default":
-            hidden = hidden[:, 1:]
+        output, hidden, _ = self.tower_states(model, kwargs, pixels, interpolate_pos_encoding=True)
         return output, self.projector(model)(hidden)
 
     def _as_it_is(self, model: Any, kwargs: dict[str, Any], features: Tensor, number: int) -> Tensor:

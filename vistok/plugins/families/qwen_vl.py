@@ -25,7 +25,10 @@ class Qwen2VL(Family):
     hosts: ClassVar[tuple[str, ...]] = ("Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration")
     mrope = True
     consumed = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
-    withheld: ClassVar[dict[str, str]] = {"class_token": "its tower has none"}
+    withheld: ClassVar[dict[str, str]] = {
+        "class_token": "its tower has none",
+        "patches": "its projector takes four at a time",
+    }
 
     def tower(self, model: Any) -> Any:
         """The vision module."""

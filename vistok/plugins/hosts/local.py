@@ -53,27 +53,18 @@ class LocalHost(nn.Module):
         dtype: Literal["float32", "bfloat16"] = "float32",
         gradient_checkpointing: bool = False,
     ) -> None:
-        from transformers import AutoModelForImageTextToText, AutoProcessor
-
         super().__init__()
-        if not (Path(path).expanduser() / "config.json").is_file():
-            raise FileNotFoundError(
-                f"model.path: {path} holds no model (no config.json). recipes/vlm says how to get one."
-            )
         if not projector and not lora_rank:
             raise ValueError("Nothing is left to train: set model.projector=true or model.lora_rank above 0.")
-        folder = str(Path(path).expanduser())
-        self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype=getattr(torch, dtype))
-        self.processor = AutoProcessor.from_pretrained(folder)
+        self.model, self.processor = read(path, dtype, "model.path")
         self.family = family_of(self.model)
-        self.model.requires_grad_(False)
         if projector:
             projector_of(self.family, self.model).float().requires_grad_(True)
         self.adapted = bool(lora_rank)
         if lora_rank:
             _add_lora(self.family.text_model(self.model), lora_rank, lora_alpha, tuple(lora_targets))
         if gradient_checkpointing:
-            _checkpoint(self.model)
+            checkpoint_layers(self.model)
 
     @property
     def preprocess(self) -> Preprocess:
@@ -126,6 +117,26 @@ class LocalHost(nn.Module):
         return folder
 
 
+def read(path: str | Path, dtype: str, key: str) -> tuple[Any, Any]:
+    """A frozen model and its processor from a directory.
+
+    Args:
+        path: The directory.
+        dtype: Of the weights.
+        key: Of the recipe, for messages.
+
+    Raises:
+        FileNotFoundError: No model there.
+    """
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    if not (Path(path).expanduser() / "config.json").is_file():
+        raise FileNotFoundError(f"{key}: {path} holds no model (no config.json). recipes/vlm says how to get one.")
+    folder = str(Path(path).expanduser())
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=getattr(torch, dtype))
+    return model.requires_grad_(False), AutoProcessor.from_pretrained(folder)
+
+
 def projector_of(family: Family, model: Any) -> nn.Module:
     """What lies between a host's tower and its language model.
 
@@ -140,7 +151,8 @@ def projector_of(family: Family, model: Any) -> nn.Module:
     raise TypeError(f"{type(model).__name__} has no projector that is known here. Set model.projector=false, use LoRA.")
 
 
-def _checkpoint(model: Any) -> None:
+def checkpoint_layers(model: Any) -> None:
+    """Make a model compute the activations of its layers again in the backward pass (of layers in training mode)."""
     switch = getattr(model, "activation_checkpointing_enable", None)  # its name from transformers 5.24 on
     if switch is not None:
         switch()

@@ -43,9 +43,7 @@ class Vlm(Step):
         Raises:
             ValueError: The recipe has losses on pictures, which nothing here makes.
         """
-        super().setup(model, losses)
-        if losses.losses:
-            raise ValueError(f"Step 'vlm' makes no pictures. Remove losses.{next(iter(losses.losses))}.")
+        self.begin(model, losses)
         self.processor: Any = model.processor
         self.plugin = None
         if self.method is not None:
@@ -53,25 +51,41 @@ class Vlm(Step):
 
             self.plugin = attach(model.model, self.method)  # type: ignore[arg-type]
 
+    def begin(self, model: nn.Module, losses: Losses) -> None:
+        """Take what is trained.
+
+        Raises:
+            ValueError: The recipe has losses on pictures, which nothing here makes.
+        """
+        super().setup(model, losses)
+        if losses.losses:
+            name = next(iter(losses.losses))
+            raise ValueError(f"Step {self.registry_name!r} makes no pictures. Remove losses.{name}.")
+
     def run(self, batch: Batch, step: int, generator: torch.Generator) -> Iterator[Part]:
         """One part, `model`, with the share of answer tokens guessed right as `answers/accuracy`. See `Step.run`.
 
         Raises:
             ValueError: The data set gives no conversations.
         """
-        if batch.text is None:
-            raise ValueError("Step 'vlm' needs conversations as text, e.g. data: {name: scenes}.")
-        conversations = [parse(text)[: self.turns] for text in batch.text]
-        inputs, labels = encode(self.processor, batch.images, conversations)
-        inputs = {k: v.to(batch.images.device) for k, v in inputs.items()}
-        labels = labels.to(batch.images.device)
+        inputs, labels = self.inputs(batch)
         first = int((labels != IGNORED).any(0).nonzero()[0])  # everything before is picture and question
         tail = labels.shape[1] - first + 1
         out = self._forward(inputs, labels, tail)
         losses: Losses = self.helpers["losses"]  # type: ignore[assignment]
         weight = losses.weight("answers", step)
-        stats = {} if self.shortened else {"answers/accuracy": _accuracy(out.logits, labels[:, -tail:])}
+        width = min(tail, out.logits.shape[1])  # of a shortened prompt nothing is missing behind the picture
+        stats = {"answers/accuracy": accuracy(out.logits[:, -width:], labels[:, -width:])}
         yield Part("model", weight * out.loss, {"answers": out.loss}, stats, {"answers": weight})
+
+    def inputs(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
+        """What the host takes of a batch, and its labels, on the batch's device."""
+        if batch.text is None:
+            raise ValueError(f"Step {self.registry_name!r} needs conversations as text, e.g. data: {{name: scenes}}.")
+        conversations = [parse(text)[: self.turns] for text in batch.text]
+        inputs, labels = encode(self.processor, batch.images, conversations)
+        device = batch.images.device
+        return {k: v.to(device) for k, v in inputs.items()}, labels.to(device)
 
     @property
     def shortened(self) -> bool:
@@ -146,6 +160,7 @@ def _length(processor: Any, text: str) -> int:
     return len(processor.tokenizer(text, add_special_tokens=True)["input_ids"])
 
 
-def _accuracy(logits: Tensor, labels: Tensor) -> Tensor:
+def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Share of the labelled tokens that logits of the same columns (B, L, V) guess right."""
     asked = labels[:, 1:] != IGNORED
     return ((logits[:, :-1].argmax(-1) == labels[:, 1:]) & asked).sum() / asked.sum()
