@@ -1,10 +1,10 @@
-"""Write the conversations of a LLaVA data file beside its pictures, where `data: {name: folder, captions: true}` reads them.
+"""Write the conversations of a LLaVA data file beside its pictures, for `data: {name: folder, captions: true}`.
 
     python recipes/vlm/conversations.py FILE.json PICTURES
 
-FILE.json is a list of `{"image": path below PICTURES, "conversations": [{"from": "human" | "gpt", "value": text}, ...]}`, as
-LLaVA-Pretrain and the LLaVA-1.5 mix are. PICTURES/a/b.jpg gets PICTURES/a/b.txt, one `question<tab>answer` a line. Samples without a
-picture, and those whose picture is not there, are left out and counted.
+FILE.json is a list of `{"image": path below PICTURES, "conversations": [{"from": "human" or "gpt", "value": text}, ...]}`
+as LLaVA-Pretrain and the LLaVA-1.5 mix are. PICTURES/a/b.jpg gets PICTURES/a/b.txt, one `question<tab>answer` a line.
+Samples without a picture, and those whose picture is not there, are left out and counted.
 """
 
 from __future__ import annotations
