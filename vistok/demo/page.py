@@ -66,6 +66,7 @@ def serve(viewer: Viewer, keeper: Keeper, *, port: int, share: bool = False, blo
         show_error=True,
         prevent_thread_lock=True,
         max_file_size="64mb",
+        _frontend=False,  # else Gradio gives up where the page does not answer within three seconds
     )
     found = str(shared or address)
     if block:

@@ -252,15 +252,6 @@ def _write(
     ]
     drawn = [c for c in curves if any(len(points) > 0 for points in c.series.values())]
     report.save_curves(files["curves"], drawn)
-    examples = []
-    for coder, found in coded.items():
-        for budget, pictures in found.items():
-            for i, entry in enumerate(pictures[:SHOWN]):
-                if entry is not None:
-                    note = f"{coder}, {entry[0]} of {budget} bytes"
-                    examples.append(
-                        report.Example.of(f"{i:02d} {budget:5d} {coder}", originals[i], entry[1], note=note)
-                    )
     columns = ("coder", "bytes", "files that fit", "mean bytes", *(m.title for m in metrics.values()))
     rows = [
         ["-" if v is None else f"{v:.4f}" if isinstance(v, float) else v for v in row.values()] for row in result.rows
@@ -278,9 +269,27 @@ def _write(
         title=f"{facts['model']['name']}: rate and distortion on {result.pictures} pictures",
         command=str(facts["command"]),
         subtitle="whole files, headers counted for all",
-        gallery=sorted(examples, key=lambda e: e.name),
+        sheets=[_sheet(coded, originals)],
         curves=drawn,
         tables=[report.Table(title="At equal bytes", columns=columns, rows=rows)],
         protocol=facts,
         notes=notes,
     )
+
+
+def _sheet(coded: dict[str, Coded], originals: Tensor) -> report.Sheet:
+    """Every picture beside what each coder makes of it at every budget, a row per coder that has any file."""
+    shown, rows = to_uint8(originals[:SHOWN]), []
+    for i, original in enumerate(shown):
+        beside: list[tuple[Tensor | None, str]] = [(original, "original")]
+        for coder, found in coded.items():
+            entries = [found[budget][i] for budget in found]
+            if all(entry is None for entry in entries):
+                continue
+            cells = [(None, "") if e is None else (to_uint8(e[1]), f"{e[0]} bytes") for e in entries]
+            rows.append((coder, [*beside, *cells]))
+            beside = [(None, "")]
+    budgets = next(iter(coded.values()))
+    columns = ("", *(f"{budget} bytes" for budget in budgets))
+    note = "An empty cell: the coder has no file that small for this picture. Coders without any are left out."
+    return report.Sheet(title="Pictures at equal bytes", columns=columns, rows=rows, note=note)

@@ -29,6 +29,7 @@ __all__ = [
     "Example",
     "Figure",
     "Gallery",
+    "Sheet",
     "Table",
     "curves_from_log",
     "reconstruction_grid",
@@ -38,6 +39,7 @@ __all__ = [
 ]
 
 LARGEST_SIDE = 512  # of a picture in the page
+SHEET_QUALITY = 90  # of the WebP pictures of a sheet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +82,23 @@ class Table:
     note: str = ""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sheet:
+    """Pictures in rows and columns, each once; small in the page (WebP).
+
+    Attributes:
+        title: Heading.
+        columns: What stands above each column.
+        rows: A label, and for every column a picture (uint8, (3, H, W); None leaves the cell empty) with its caption.
+        note: A line below the heading.
+    """
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[tuple[str, Sequence[tuple[Tensor | None, str]]]]
+    note: str = ""
+
+
 def write_page(
     path: str | Path,
     *,
@@ -91,6 +110,7 @@ def write_page(
     gallery: Sequence[Example] = (),
     curves: Sequence[Curve] = (),
     tables: Sequence[Table] = (),
+    sheets: Sequence[Sheet] = (),
     panels: Mapping[str, bytes] | None = None,
     protocol: Mapping[str, Any] | None = None,
     notes: Sequence[str] = (),
@@ -108,6 +128,7 @@ def write_page(
         gallery: Further pictures, folded away.
         curves: Diagrams.
         tables: Tables.
+        sheets: Pictures in rows and columns.
         panels: Further pictures (PNG) under their headings.
         protocol: What the figures depend on, from `vistok.evaluate.protocol.collect`.
         notes: Plain sentences a reader must know, shown above the figures.
@@ -122,6 +143,7 @@ def write_page(
         _groups(groups or {}, ranked_by),
         _curves(curves),
         f'<div class="tables">{"".join(_table(t) for t in tables)}</div>' if tables else "",
+        "".join(_sheet(s) for s in sheets),
         "".join(_panel(heading, png) for heading, png in (panels or {}).items()),
         _gallery(gallery),
         _protocol(protocol),
@@ -135,8 +157,9 @@ def write_page(
             f"<header><h1>{escape(title)}</h1>" + (f"<p>{escape(subtitle)}</p>" if subtitle else ""),
             f'<pre class="command"><code>{escape(command)}</code></pre></header>',
             *(s for s in sections if s),
-            "<footer>Made by vistok. Pictures in this page are compressed (JPEG, quality 93, full colour resolution), "
-            f"at most {LARGEST_SIDE} pixels wide; figures were measured on the uncompressed ones.</footer>",
+            "<footer>Made by vistok. Pictures in this page are compressed (JPEG, quality 93, full colour resolution; "
+            f"in sheets WebP, quality {SHEET_QUALITY}), at most {LARGEST_SIDE} pixels wide; figures were measured on "
+            "the uncompressed ones.</footer>",
             "</main></body></html>",
         ]
     )
@@ -203,6 +226,19 @@ def _pair(example: Example) -> str:
 def _panel(heading: str, png: bytes) -> str:
     source = f"data:image/png;base64,{_base64(png)}"
     return _section(heading, f'<div class="scroll"><img alt="{escape(heading)}" src="{source}"></div>')
+
+
+def _sheet(sheet: Sheet) -> str:
+    head = "".join(f"<th>{escape(column)}</th>" for column in sheet.columns)
+    rows = []
+    for label, cells in sheet.rows:
+        shown = "".join(
+            "<td></td>" if picture is None else f"<td>{_image(picture, note, 'WEBP')}<div>{escape(note)}</div></td>"
+            for picture, note in cells
+        )
+        rows.append(f"<tr><th>{escape(label)}</th>{shown}</tr>")
+    table = f'<table class="sheet"><thead><tr><th></th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
+    return _section(sheet.title, f'<div class="scroll">{table}</div>', sheet.note)
 
 
 def _gallery(examples: Sequence[Example]) -> str:
@@ -291,15 +327,18 @@ def _label(key: str) -> str:
     return key.replace("_", " ").upper() if len(key) <= 5 else key.replace("_", " ").replace("lpips", "LPIPS")
 
 
-def _image(picture: Tensor, alt: str) -> str:
+def _image(picture: Tensor, alt: str, kind: str = "JPEG") -> str:
     from PIL import Image
 
     image = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
     image.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
     buffer = io.BytesIO()
-    image.save(buffer, format="JPEG", quality=93, subsampling=0)  # full colour resolution: colour is what suffers
+    if kind == "JPEG":
+        image.save(buffer, format=kind, quality=93, subsampling=0)  # full colour resolution: colour is what suffers
+    else:
+        image.save(buffer, format=kind, quality=SHEET_QUALITY, method=6)
     size = f'width="{image.width}" height="{image.height}"'
-    return f'<img {size} alt="{escape(alt)}" src="data:image/jpeg;base64,{_base64(buffer.getvalue())}">'
+    return f'<img {size} alt="{escape(alt)}" src="data:image/{kind.lower()};base64,{_base64(buffer.getvalue())}">'
 
 
 def _base64(data: bytes) -> str:

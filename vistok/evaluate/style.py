@@ -54,6 +54,9 @@ thead th.number { text-align: right; }
 .facts th { font-weight: 500; color: var(--soft); white-space: nowrap; width: 1%; }
 .facts td { font-size: 0.8rem; overflow-wrap: anywhere; }
 .brief { border-collapse: separate; border-spacing: 0; overflow: hidden; }
+.sheet th { font-size: 0.8rem; overflow-wrap: anywhere; }
+.sheet td { padding: 5px 6px; font-size: 0.74rem; color: var(--soft); min-width: 104px; }
+.sheet img { display: block; width: 100%; max-width: 180px; height: auto; border-radius: 6px; margin-bottom: 2px; }
 details { margin-top: 12px; }
 summary { cursor: pointer; color: var(--accent); font-size: 0.9rem; }
 details .scroll { margin-top: 10px; }
