@@ -2,7 +2,7 @@
 
     python recipes/vlm/conversations.py FILE.json PICTURES
 
-FILE.json is a list of `{"image": path below PICTURES, "conversations": [{"from": "human" or "gpt", "value": text}, ...]}`
+FILE.json lists `{"image": path below PICTURES, "conversations": [{"from": "human" or "gpt", "value": ...}, ...]}`
 as LLaVA-Pretrain and the LLaVA-1.5 mix are. PICTURES/a/b.jpg gets PICTURES/a/b.txt, one `question<tab>answer` a line.
 Samples without a picture, and those whose picture is not there, are left out and counted.
 """

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from types import TracebackType
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -21,7 +19,7 @@ from vistok.plugins.cache import given_cache, returned_cache
 from vistok.plugins.compressed import refuse_misfit
 from vistok.plugins.families.base import Family, family_of, is_host
 from vistok.plugins.families.encoder import encoder_of
-from vistok.plugins.handle import Handle
+from vistok.plugins.handle import Attached, Handle
 from vistok.plugins.packer import PROMPT, continue_prompt, prepare, put_back, step
 from vistok.plugins.paint import paint
 from vistok.plugins.report import Report, build_report
@@ -34,7 +32,7 @@ from vistok.registry import list_names, registry
 OWNER = "_vistok_plugin"
 
 
-class Plugin:
+class Plugin(Attached):
     """A method at work on a host. Use it as a context manager, or keep it and call `detach()`.
 
     Attributes:
@@ -44,43 +42,14 @@ class Plugin:
         family: What kind of host it is.
     """
 
+    runtime: Runtime
+
     def __init__(self, model: Any, family: Family, method: Method) -> None:
         self.model, self.family, self.method = model, family, method
         self.name: str = getattr(method, "registry_name", type(method).__name__)
         self.runtime = Runtime(model, family, method)
         self.handle = Handle()
         self._inside = False  # generate() calls forward(): compress once
-
-    def __enter__(self) -> Plugin:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.detach()
-
-    @property
-    def attached(self) -> bool:
-        """Whether the method is on the host."""
-        return self.handle.active
-
-    def detach(self) -> None:
-        """Take the method off; the host is exactly what it was. A second call does nothing.
-
-        A cache that was shortened can only go on while the plug-in is attached.
-        """
-        self.handle.remove()
-
-    remove = detach
-
-    @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
-        """Leave new prompts alone inside the block; caches that are already short stay right."""
-        before, self.runtime.enabled = self.runtime.enabled, False
-        try:
-            yield
-        finally:
-            self.runtime.enabled = before
 
     def prepare(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments with compressed features and a shortened prompt, for `forward` or `generate` of a bare host.

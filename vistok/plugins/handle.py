@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import contextlib
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import Any, TypeVar
 
 from torch import nn
 
 Undo = Callable[[], None]
+Self = TypeVar("Self", bound="Attached")
 
 
 class _Removed:
@@ -53,3 +56,46 @@ class Handle:
         """Undo everything, last change first. A second call does nothing."""
         while self._undo:
             self._undo.pop()()
+
+
+class Attached:
+    """Something at work on a model until its `with` block is left, or `detach()` is called.
+
+    Attributes:
+        handle: Its changes.
+        runtime: What works; `enabled` switches it.
+    """
+
+    handle: Handle
+    runtime: Any
+
+    def __enter__(self: Self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.detach()
+
+    @property
+    def attached(self) -> bool:
+        """Whether it is on the model."""
+        return self.handle.active
+
+    def detach(self) -> None:
+        """Take it off; the model is exactly what it was. A second call does nothing.
+
+        A cache that was shortened can only go on while the plug-in is attached.
+        """
+        self.handle.remove()
+
+    remove = detach
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Leave new prompts or pictures alone inside the block; caches that are already short stay right."""
+        before, self.runtime.enabled = self.runtime.enabled, False
+        try:
+            yield
+        finally:
+            self.runtime.enabled = before

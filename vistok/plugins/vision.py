@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -14,7 +11,7 @@ from torch import Tensor, nn
 from vistok.compress.reduction import Reduction
 from vistok.compress.vision import VisionMethod
 from vistok.plugins.families.encoder import Encoder, find_tower
-from vistok.plugins.handle import Handle
+from vistok.plugins.handle import Attached, Handle
 from vistok.plugins.tower import TowerRuntime, runtime_for
 
 
@@ -46,7 +43,7 @@ class TowerTrace:
         )
 
 
-class TowerPlugin:
+class TowerPlugin(Attached):
     """A method at work in a vision transformer. Use it as a context manager, or keep it and call `detach()`.
 
     Attributes:
@@ -69,34 +66,6 @@ class TowerPlugin:
             )
         self.runtime: TowerRuntime = runtime_for(self.tower, method, restore=restore, side=1)
         self.handle = Handle()
-
-    def __enter__(self) -> TowerPlugin:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.detach()
-
-    @property
-    def attached(self) -> bool:
-        """Whether the method is in the tower."""
-        return self.handle.active
-
-    def detach(self) -> None:
-        """Take the method off; the model is exactly what it was. A second call does nothing."""
-        self.handle.remove()
-
-    remove = detach
-
-    @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
-        """Leave the tower alone inside the block."""
-        before, self.runtime.enabled = self.runtime.enabled, False
-        try:
-            yield
-        finally:
-            self.runtime.enabled = before
 
     def install(self, owner: str) -> None:
         """Change the instances, each change recorded; nothing is left behind if it fails."""
