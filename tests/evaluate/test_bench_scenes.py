@@ -14,7 +14,7 @@ from vistok.config import check_component, read_yaml
 from vistok.data.scenes import Question, Scenes
 from vistok.evaluate import bench_scenes
 from vistok.evaluate.bench_scenes import Item, SceneBench, ask, inside_share, run, table, wilson
-from vistok.evaluate.bench_vlm import settings_of
+from vistok.evaluate.vlm import settings_of
 
 SCENES = Scenes(split="heldout", size=local.SIZE, count=30)
 SETTINGS = sorted((Path(__file__).parents[2] / "recipes" / "vlm" / "settings").glob("*.yml"))

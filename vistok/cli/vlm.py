@@ -56,6 +56,7 @@ def run(
     """
     from vistok.cli.show import Rows, progress
     from vistok.evaluate import bench_scenes, bench_vlm
+    from vistok.evaluate.vlm import settings_of
 
     if scenes and model is None:
         raise ValueError(
@@ -71,7 +72,7 @@ def run(
         given["dtype"] = dtype
     if scenes:
         budgets = given.get("keep", bench_scenes.BUDGETS)
-        settings = bench_vlm.settings_of(given.get("methods", bench_scenes.DEFAULT), budgets)
+        settings = settings_of(given.get("methods", bench_scenes.DEFAULT), budgets)
         with progress("settings", len(settings) + 1) as advance:
             answers = bench_scenes.run(model, questions=questions, progress=advance, **given)
         Rows(*bench_scenes.table(answers)).print()

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from vistok.data.scenes import Question, Scenes, patches_inside
-from vistok.evaluate.bench_vlm import (
+from vistok.evaluate.token_density import tokdense
+from vistok.evaluate.vlm import (
     PLAIN,
     Now,
     Setting,
@@ -24,7 +25,6 @@ from vistok.evaluate.bench_vlm import (
     settings_of,
     timer,
 )
-from vistok.evaluate.token_density import tokdense
 
 if TYPE_CHECKING:
     from PIL.Image import Image
