@@ -236,3 +236,17 @@ def test_vision_methods_need_pixels():
     rest = {k: v for k, v in inputs.items() if k not in ("pixel_values", "image_sizes")}
     with attach(found.model, "tome"), pytest.raises(ValueError, match="encoded pictures"):
         found.model(**rest, mm_encoder_outputs=outputs)
+
+
+@pytest.mark.parametrize("method", ["pool", "fastv"])
+def test_a_loop_by_hand_counts_three_axes_like_generate(method):
+    made = zoo.HOSTS["qwen2_vl"]()
+    inputs = made.prompt([(1, [("image", 3)])])
+    with attach(made.model, method, keep=2):
+        whole = hosts.generate(made.model, inputs, steps=3)
+        out = made.model(**inputs, use_cache=True)
+        seen = [out.logits[:, -1]]
+        for token in whole.sequences[0, -3:-1]:
+            out = made.model(input_ids=token.view(1, 1), past_key_values=out.past_key_values, use_cache=True)
+            seen.append(out.logits[:, -1])
+    torch.testing.assert_close(torch.stack(seen, 1), hosts.logits(whole), atol=1e-5, rtol=0)

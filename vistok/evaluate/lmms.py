@@ -178,8 +178,7 @@ class Adapter:
         found: dict[int, Any] = {}
         tally, tokens, start = Tally(), 0, time.perf_counter()
         for numbers in _batches([repr(sorted(self.options(r).items())) for r in requests], self.batch_size):
-            part = [requests[i] for i in numbers]
-            answers = self._answers([self.chat(r) for r in part], self.options(part[0]))
+            answers = self._answers([self.chat(requests[i]) for i in numbers], self.options(requests[numbers[0]]))
             tally.add(self.plugin)
             for number, (text, count) in zip(numbers, answers):
                 found[number] = GenerationResult(text=text, token_counts=TokenCounts(output_tokens=count))
@@ -222,8 +221,7 @@ class Adapter:
     def _answers(self, chats: Sequence[Chat], options: Mapping[str, Any]) -> list[tuple[str, int]]:
         """Text and number of tokens of every answer."""
         _, inputs = self._encode(chats)
-        settings, until = generation(options)
-        pad = self.tokenizer.pad_token_id
+        (settings, until), pad = generation(options), self.tokenizer.pad_token_id
         out = self.model.generate(**inputs, pad_token_id=pad, **settings)
         new = out[:, inputs["input_ids"].shape[1] :]
         texts = self.tokenizer.batch_decode(new, skip_special_tokens=True)
@@ -246,8 +244,7 @@ class Simple(Adapter):
 
     def _turn(self, context: str, to_visual: Any, where: Sequence[Any]) -> Chat:
         visuals = [] if to_visual is None else to_visual(self._document(where)) or []
-        content = [shown(visual) for visual in visuals]
-        return [{"role": "user", "content": [*content, {"type": "text", "text": context}]}]
+        return [{"role": "user", "content": [*map(shown, visuals), {"type": "text", "text": context}]}]
 
     def _document(self, where: Sequence[Any]) -> Any:
         number, task, split = where
@@ -286,16 +283,28 @@ class Simple(Adapter):
         ids = torch.tensor([tail + tail[-1:] * (longest - len(tail)) for tail in tails], device=self.device)
         lengths = torch.tensor([[len(tail)] for tail in tails], device=self.device)
         real = torch.arange(longest, device=self.device) < lengths  # (B, T)
-        out = self.model(**inputs, use_cache=True, logits_to_keep=1)
+        place, later = self._positions(inputs, longest - 1)
+        out = self.model(**inputs, **place, use_cache=True, logits_to_keep=1)
         logits: Tensor = out.logits[:, -1:]
         if longest > 1:
             mask = torch.cat([inputs["attention_mask"], real[:, :-1].to(inputs["attention_mask"].dtype)], dim=1)
             fed = {"input_ids": ids[:, :-1], "attention_mask": mask, "past_key_values": out.past_key_values}
-            logits = torch.cat([logits, self.model(**fed, use_cache=True).logits], dim=1)
+            logits = torch.cat([logits, self.model(**fed, **later, use_cache=True).logits], dim=1)
         scores = logits.float().log_softmax(-1)  # (B, T, V)
         losses = -(scores.gather(-1, ids.unsqueeze(-1)).squeeze(-1) * real).sum(1) / real.sum(1)
         greedy = ((scores.argmax(-1) == ids) | ~real).all(1)
         return list(zip(losses.tolist(), greedy.tolist()))
+
+    def _positions(self, inputs: Mapping[str, Any], new: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Positions of a prompt and of tokens after it as `generate` counts them; none where the method counts anew."""
+        from vistok.plugins.families.base import family_of
+        from vistok.plugins.packer import following
+
+        if self.plugin is not None and self.plugin.method.renumber:
+            return {}, {}
+        places = family_of(self.model).positions(self.model, dict(inputs), generating=True)
+        later = following(places) + torch.arange(new, device=places.device)
+        return {"position_ids": places}, {"position_ids": later}
 
     def _tail(self, prompt: str, answer: str) -> list[int]:
         """Tokens of an answer behind its prompt; a blank in front counts only where the prompt does not end in one."""
@@ -348,8 +357,7 @@ def shown(visual: Any) -> dict[str, Any]:
     """
     kind, source = "image", visual
     if isinstance(visual, Mapping):
-        kind = visual.get("type", "video")
-        if kind == "text":
+        if (kind := visual.get("type", "video")) == "text":
             return dict(visual)
         source = next((visual[key] for key in ("url", "path", kind) if key in visual), None)
     elif isinstance(visual, (str, Path)):

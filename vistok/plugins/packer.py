@@ -42,7 +42,7 @@ class Packed:
         index: Column of the caller's prompt of every column, (B, M).
         valid: Columns that are tokens, (B, M).
         length: Columns of the caller's prompt, L.
-        next_position: Position of the first new token, (B, 1).
+        next_position: Position of the first new token, (B, 1), or (axes, B, 1) where positions have axes.
         handover: What the trace has to know.
     """
 
@@ -100,7 +100,7 @@ def prepare(runtime: Runtime, kwargs: dict[str, Any], *, generating: bool = True
     if embeds is not None:
         new["inputs_embeds"] = take(embeds, index).masked_fill(~valid.unsqueeze(-1), 0)
     last = positions.get("position_ids")
-    step = (valid.sum(1, keepdim=True) if last is None else _largest(last) + 1).long()
+    step = (valid.sum(1, keepdim=True) if last is None else following(last)).long()
     handover = {
         "before": columns.lengths,
         "before_sizes": columns.counts,
@@ -153,10 +153,12 @@ def _filler_id(runtime: Runtime) -> int:
     return pad if isinstance(pad, int) and pad not in taken else min({0, 1, 2} - taken)
 
 
-def _largest(positions: Tensor) -> Tensor:
-    """Largest position of every sample, (B, 1)."""
-    flat = positions if positions.ndim == 2 else positions.amax(0)
-    return flat.amax(1, keepdim=True)
+def following(positions: Tensor) -> Tensor:
+    """Position of the next token, (B, 1) or (axes, B, 1): time, height and width go on together from their largest."""
+    last = positions.amax(-1, keepdim=True)
+    if last.ndim == 3:
+        last = torch.cat([last[:-3], last[-3:].amax(0, keepdim=True).expand(3, -1, -1)])
+    return last + 1
 
 
 def put_back(packed: Packed, output: Any) -> Any:
