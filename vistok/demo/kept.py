@@ -148,7 +148,7 @@ class HostKeeper:
     asks = True
 
     def __init__(self, source: str | Path) -> None:
-        from vistok.evaluate.bench_vlm import load_host
+        from vistok.evaluate.vlm import load_host
 
         self.model = load_host(source, "float32")
         from transformers import AutoProcessor
