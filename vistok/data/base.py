@@ -109,6 +109,24 @@ class TokenDataset(Protocol):
         """The rows as tokens of their tokenizer."""
 
 
+class PictureFiles:
+    """What data sets of picture files share: the files, their number and their names.
+
+    Attributes:
+        files: The pictures, in order.
+    """
+
+    files: list[Path]
+
+    def __len__(self) -> int:
+        """Number of pictures."""
+        return len(self.files)
+
+    def name(self, index: int) -> str:
+        """The file's path."""
+        return str(self.files[index])
+
+
 def files_of(dataset: Dataset) -> Sequence[Path] | None:
     """The picture files behind a data set, None if its pictures are not files."""
     return getattr(dataset, "files", None)

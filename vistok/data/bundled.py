@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from vistok.data.base import Sample
+from vistok.data.base import PictureFiles, Sample
 from vistok.image import to_pil
 from vistok.registry import register
 
@@ -25,7 +25,7 @@ HELD_OUT: tuple[str, ...] = (
 
 
 @register("dataset", "photos")
-class Photos:
+class Photos(PictureFiles):
     """The 42 bundled photographs, 256 pixels on the short side; 8 of them are held out.
 
     Args:
@@ -39,12 +39,8 @@ class Photos:
     ) -> None:
         rows = [json.loads(line) for line in (FOLDER / "index.jsonl").read_text(encoding="utf-8").splitlines()]
         self.rows: list[dict[str, Any]] = [row for row in rows if _wanted(row, split, permissive)]
-        self.files: list[Path] = [FOLDER / row["file"] for row in self.rows]
+        self.files = [FOLDER / row["file"] for row in self.rows]
         self.captions = captions
-
-    def __len__(self) -> int:
-        """Number of pictures."""
-        return len(self.files)
 
     def name(self, index: int) -> str:
         """The file's name."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from vistok.data.base import Sample
+from vistok.data.base import PictureFiles, Sample
 from vistok.image import find_pictures, to_pil
 from vistok.registry import register
 
 
 @register("dataset", "folder")
-class Folder:
+class Folder(PictureFiles):
     """Picture files of folders (recursively), glob patterns or single paths, sorted within each.
 
     Args:
@@ -38,7 +38,7 @@ class Folder:
         sources = [path] if isinstance(path, str) else path
         found = [file for source in sources for file in find_pictures(Path(source).expanduser())]
         kept = [file for file in dict.fromkeys(found) if file.stem not in set(exclude)]
-        self.files: list[Path] = kept[:limit]
+        self.files = kept[:limit]
         if not self.files:
             raise ValueError(f"No picture of {', '.join(sources)} is left: {len(found)} were found and all excluded.")
         self.captions = captions
@@ -46,14 +46,6 @@ class Folder:
         if captions and not any(file.with_suffix(".txt").is_file() for file in self.files):
             first = self.files[0].with_suffix(".txt")
             raise FileNotFoundError(f"captions=true, but no picture has a caption beside it (looked for {first}, ...).")
-
-    def __len__(self) -> int:
-        """Number of pictures."""
-        return len(self.files)
-
-    def name(self, index: int) -> str:
-        """The file's path."""
-        return str(self.files[index])
 
     def read(self, index: int) -> Sample:
         """Open one picture.

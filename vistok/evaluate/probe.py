@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from vistok.data.base import Dataset, Sample, files_of, fingerprint, keyed
+from vistok.data.base import Dataset, PictureFiles, Sample, files_of, fingerprint, keyed
 from vistok.evaluate import protocol
 from vistok.evaluate.classify import FOLD, choose_penalty, fit_linear, nearest_neighbours
 from vistok.evaluate.intervals import bootstrap_interval
@@ -77,26 +77,15 @@ class ProbeResult:
 
 
 @dataclass(frozen=True)
-class LabelledFiles:
+class LabelledFiles(PictureFiles):
     """Picture files with a class each; a `Dataset`."""
 
     files: list[Path]
     labels: list[int]
     classes: list[str]
 
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def name(self, index: int) -> str:
-        """The file's path."""
-        return str(self.files[index])
-
     def read(self, index: int) -> Sample:
-        """Open one picture.
-
-        Raises:
-            PictureError: A damaged file.
-        """
+        """Open one picture; a damaged file is a `PictureError`."""
         return Sample(picture=to_pil(self.files[index]), label=self.labels[index])
 
 
