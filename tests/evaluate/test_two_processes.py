@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -120,3 +122,26 @@ def test_an_evaluation_does_not_depend_on_processes_and_batches(
         for f in (two / "two", tmp_path)
     ]
     assert names[0] == names[1]
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_the_command_under_a_launcher_gives_the_figures_of_one_process(photos: list[Path], tmp_path: Path) -> None:
+    vistok.create("tokenizer", "titok_tiny").eval().save_pretrained(tmp_path / "tokenizer")
+    command = ["-m", "vistok", "eval", str(tmp_path / "tokenizer"), "--metrics", "psnr,ssim"]
+    command += ["--data", ",".join(map(str, photos[:5]))]  # uneven shares
+    launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    ways = {"two": [*launcher, *command], "one": [*command, "--batch", "1"], "whole": [*command, "--batch", "5"]}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    facts = {}
+    for name, words in ways.items():
+        run_words = [sys.executable, *words, "--out", str(tmp_path / name)]
+        done = subprocess.run(run_words, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        facts[name] = json.loads((tmp_path / name / "metrics.json").read_text())
+    assert facts["two"]["protocol"]["settings"]["processes"] == 2
+    for name in ("two", "whole"):
+        for key in ("figures", "usage", "rate"):
+            assert facts[name][key] == pytest.approx(facts["one"][key], abs=5e-4)
+        rows = (tmp_path / name / "pictures.jsonl").read_text().splitlines()
+        assert [json.loads(row)["file"] for row in rows] == [photo.name for photo in photos[:5]]

@@ -14,13 +14,14 @@ import torch
 
 import vistok
 from tests.train.tiny import recipe, weights
+from tests.train.tiny import values as tiny_values
 from vistok.config import ConfigError
 from vistok.hub import LoadError
 from vistok.registry import register, registry
 from vistok.train import checkpoint, log
 from vistok.train.guard import Diverged
 from vistok.train.loop import train
-from vistok.train.recipe import load
+from vistok.train.recipe import from_dict, load
 from vistok.train.steps.reconstruct import Reconstruct
 
 
@@ -277,6 +278,26 @@ def test_init_from_starts_at_the_given_weights(straight, tmp_path):
     train(recipe(tmp_path, over))
     found, given = weights(tmp_path, 1), weights(straight.out, 6, "ema")
     assert all(torch.equal(found[k], given[k]) for k in found if k.startswith("encoder."))
+
+
+@pytest.mark.parametrize(
+    ("freeze", "stand_still"),
+    [((), set()), (("quantizer.*",), {"quantizer"}), (("encoder.*", "quantizer.*"), {"encoder", "quantizer"})],
+    ids=["all", "frozen_quantizer", "decoder_only"],
+)
+def test_fine_tuning_on_a_folder_moves_what_is_not_frozen(tmp_path, photos, freeze, stand_still):
+    for photo in photos[:3]:
+        shutil.copy(photo, tmp_path)
+    ema = {"name": "vq_ema", "codebook_size": 32, "dim": 4}  # its code book moves without a gradient
+    model = {"model": {"quantizer": ema}}
+    start = train(recipe(tmp_path / "start", {**model, "train": {"steps": 1}}))
+    over = {"init_from": str(start.out / "tokenizer"), "freeze": list(freeze), "ema": 0.0}
+    values = tiny_values(tmp_path / "tuned", {**model, "train": over})
+    values["data"] = {"name": "folder", "path": str(tmp_path / "*.jpg")}
+    train(from_dict(values))
+    before, after = (vistok.load(str(out / "tokenizer")).state_dict() for out in (start.out, tmp_path / "tuned"))
+    moved = {key.split(".")[0] for key in before if not torch.equal(before[key], after[key])}
+    assert moved == {key.split(".")[0] for key in before} - stand_still
 
 
 def test_bf16_trains(tmp_path):

@@ -54,7 +54,10 @@ class BSQ(SignQuantizer):
     ) -> None:
         super().__init__(dim=dim, groups=groups, bit_order=bit_order, magnitude=dim**-0.5 if l2_norm else 1.0)
         if entropy_group < 1 or dim % entropy_group:
-            raise ValueError(f"entropy_group={entropy_group} does not divide dim={dim}.")
+            raise ValueError(
+                f"entropy_group={entropy_group} does not divide dim={dim}. Choose a divisor of it, or 1 for "
+                f"independent bits."
+            )
         require_distribution("bsq", entropy_group, dim)
         if inv_temperature <= 0:
             raise ValueError(f"inv_temperature must be positive, got {inv_temperature}; published is 1.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -93,9 +94,15 @@ class MultiScaleQuantizer(TableQuantizer):
     def _check_grid(self, n: int, grid: tuple[int, int] | None) -> None:
         side = self.scales[-1]
         if n != side * side or (grid is not None and tuple(grid) != (side, side)):
+            own = math.isqrt(n)
+            if own * own == n and (grid is None or tuple(grid) == (own, own)):
+                fits = [p for p in self.scales if p < own] + [own]
+                advice = f"Let scales end at the side of the grid, e.g. {fits}."
+            else:
+                advice = "Let scales end at the side of the grid, which has to be square: change the number of tokens."
             raise ValueError(
                 f"multiscale with scales {self.scales} quantises a {side}x{side} grid and got {n} positions"
-                f"{'' if grid is None else f' on a {grid[0]}x{grid[1]} grid'}. Let scales end at the side of the grid."
+                f"{'' if grid is None else f' on a {grid[0]}x{grid[1]} grid'}. {advice}"
             )
 
     def _blend(self, k: int) -> nn.Module:
@@ -172,9 +179,14 @@ class MultiScaleQuantizer(TableQuantizer):
     def codes_to_ids(self, codes: Tensor) -> Tensor:
         """Ids that decode to the given codes: (B, side^2, D) -> int64 (B, sum p_k^2).
 
-        The scales overlap: telling a sum apart into its terms is a search that grows exponentially with the number of
-        ids. The one here goes coarse to fine; it succeeds for a single scale without blend and seldom otherwise. What
-        is found is decoded again, so what is returned is exact. Keep the ids of `forward`: that is the sure way.
+        There is no exact inverse for every codes. The finest scale alone spans the grid, so linear algebra leaves the
+        coarser ids open; telling a sum apart into rows of the table is a subset-sum problem, exponential in the number
+        of ids. Tried, on random ids and on ids of features (measured 2026-11-26): encoding the sum again, coarse to
+        fine, gives back none of 20 at scales (1, 2, 4) with 64 codes of 8 channels; coordinate descent on the squared
+        error with exact updates from there 44 to 69 % of 16, annealed over 100 sweeps 88 %; at the published size (680
+        ids of 4096 codes) none, with 10 to 26 % of the ids right. What is here is the first of these; it succeeds for a
+        single scale without blend and seldom otherwise. What is found is decoded again, so what is returned is right.
+        Keep the ids of `forward`: that is the sure way.
 
         Raises:
             ValueError: Wrong shape, or codes whose ids were not found.
