@@ -38,6 +38,8 @@ __all__ = [
 
 SHIPPED = Path(__file__).parent / "weights"
 _TORCHVISION = "https://download.pytorch.org/models/"
+_ADM_256 = "b32732719497e42660a9affb4a966068cba0855ac449b82015e34ec376d20758"
+"""As in the Git LFS pointer of a public copy, of 2,037,122,530 bytes; the file itself was not seen by us."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,6 +187,30 @@ for _asset in (
                 "pt_inception-2015-12-05-6726825d.pth",
             ),
         ),
+    ),
+    *(
+        Asset(
+            name=f"adm_imagenet{size}",
+            summary=f"ADM's reference batch of the ImageNet training set at {size} px (statistics mu and sigma)",
+            licence="MIT (guided-diffusion); its 10,000 pictures are ImageNet's",
+            sources=(
+                Source(
+                    filename=name,
+                    sha256=digest,
+                    url="https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/"
+                    f"{size}/{name}",
+                ),
+            ),
+        )
+        for size, name, digest in (
+            (128, "VIRTUAL_imagenet128_labeled.npz", ""),
+            (
+                256,
+                "VIRTUAL_imagenet256_labeled.npz",
+                _ADM_256,
+            ),
+            (512, "VIRTUAL_imagenet512.npz", ""),
+        )
     ),
     Asset(
         name="efficientnet_lite0",

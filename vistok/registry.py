@@ -57,6 +57,8 @@ class Weights:
         trained_on: Data set.
         figures: Published figures, metric name to value.
         source: Where the figures stand.
+        protocol: Protocol they were measured by, see `vistok list --protocols`; empty where it was not published.
+        options: What the command that measures them needs besides, e.g. ` --tokens 32`.
     """
 
     hub: str = ""
@@ -69,6 +71,8 @@ class Weights:
     trained_on: str
     figures: Mapping[str, float] = field(default_factory=dict)
     source: str = ""
+    protocol: str = ""
+    options: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 import vistok
-from vistok.cli import catalogue, convert, demo, errors, pictures, prior, runs, scaling, tokenize
+from vistok.cli import catalogue, convert, demo, errors, evaluate, pictures, prior, runs, scaling, tokenize
 
 # typer carries click as a private module in newer versions; its base of all usage errors is reached this way in all
 UsageError: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
@@ -48,7 +48,7 @@ app = typer.Typer(
 app.command("list")(catalogue.list_registered)
 app.command("info")(catalogue.info)
 app.command("train")(runs.train)
-app.command("eval")(runs.evaluate)
+app.command("eval")(evaluate.evaluate)
 app.command("encode")(pictures.encode)
 app.command("decode")(pictures.decode)
 app.command("reconstruct")(pictures.reconstruct)

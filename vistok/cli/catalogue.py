@@ -21,12 +21,19 @@ def list_registered(
     pattern: Annotated[str, typer.Argument(help="Shell pattern, e.g. 'titok*'.")] = "*",
     pretrained: Annotated[bool, typer.Option("--pretrained", help="Only names with published weights.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown tables.")] = False,
+    protocols: Annotated[bool, typer.Option("--protocols", help="What the protocols of vistok eval fix.")] = False,
+    published: Annotated[
+        bool, typer.Option("--published", help="Published rFID of tokenizers, and the command that measures each.")
+    ] = False,
     costs: Annotated[
         Path | None,
         typer.Option(help="Of methods: what they ask for and cost; a file of vistok bench methods."),
     ] = None,
 ) -> None:
-    """List what is registered."""
+    """List what is registered; protocols of published figures, and the commands that measure them."""
+    if protocols or published:
+        _list_protocols(pattern if kind == "tokenizer" else kind or "*", published=published, markdown=markdown)
+        return
     if costs is not None:
         _list_methods(costs, markdown=markdown)
         return
@@ -36,8 +43,8 @@ def list_registered(
         kind, pattern = "", kind
     kinds = [k for k in ([kind] if kind else KINDS) if list_names(k, pattern, pretrained=pretrained)]
     if not kinds:
-        published = " with published weights" if pretrained else ""
-        raise KeyError(f"Nothing{published} fits {pattern!r}. {nearest(pattern, list_names(kind or None))}")
+        weighty = " with published weights" if pretrained else ""
+        raise KeyError(f"Nothing{weighty} fits {pattern!r}. {nearest(pattern, list_names(kind or None))}")
     for one in kinds:
         rows = table(one, pattern, pretrained=pretrained)
         if markdown:
@@ -51,6 +58,25 @@ def _list_methods(costs: Path, *, markdown: bool) -> None:
     from vistok.evaluate.bench_methods import table as methods
 
     rows = Rows(*methods(costs))
+    typer.echo(rows.markdown()) if markdown else rows.print()
+
+
+def _list_protocols(pattern: str, *, published: bool, markdown: bool) -> None:
+    from vistok.cli.show import Rows
+    from vistok.evaluate import protocols as module
+
+    if published:
+        columns, cells = module.rows(pattern)
+        if not cells:
+            raise KeyError(f"No tokenizer with a published rFID fits {pattern!r}. See vistok list --published.")
+    else:
+        columns = ("protocol", "fixes", "as")
+        cells = [
+            row
+            for p in module.PROTOCOLS.values()
+            for row in ([p.name, "", p.summary], *([p.name, what, how] for what, how in p.fixes().items()))
+        ]
+    rows = Rows(columns, cells)
     typer.echo(rows.markdown()) if markdown else rows.print()
 
 

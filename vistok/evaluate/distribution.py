@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vistok import assets
-from vistok.evaluate.fid import FeatureStatistics, frechet_distance, read_statistics
-from vistok.evaluate.metric import Metric, add_up
+from vistok.evaluate.fid import FeatureStatistics, Moments, frechet_distance, read_statistics
+from vistok.evaluate.inception_score import InceptionScore, Rule
+from vistok.evaluate.metric import Metric
 from vistok.image import to_uint8
 from vistok.losses.base import check_pair, freeze
 from vistok.registry import register
@@ -41,21 +42,33 @@ class FrechetMetric(Metric):
         super().__init__(rounding=True)
         self.fake = FeatureStatistics(self.dim)
         self.real = FeatureStatistics(self.dim)
+        self.originals: Moments | None = None
+        if reference is not None and str(reference) in assets.ASSETS:
+            reference = assets.find(str(reference))
         self.reference = None if reference is None else read_statistics(reference)
         self.reference_sha256 = None if reference is None else assets.sha256(reference)
+        self.reference_name = "the originals" if reference is None else f"the file {reference.name}"
 
     def features(self, pictures: Tensor) -> Tensor:
         """Features (B, dim) of uint8 pictures (B, 3, H, W)."""
         raise NotImplementedError
+
+    def feature_facts(self) -> dict[str, Any]:
+        """What the features of a picture depend on; statistics may be kept under it."""
+        return {"features": self.definition, "dim": self.dim, "weights": self.weights_sha256}
+
+    def eight_bit(self, pictures: Tensor) -> Tensor:
+        """Pictures in [0, 1] as the features take them: uint8."""
+        return to_uint8(pictures.float())
 
     @torch.no_grad()
     def update(self, reconstruction: Tensor, target: Tensor) -> Tensor:
         """Enter a batch, see `Metric.update`; there are no values per picture, so the result is empty, (0,)."""
         check_pair(reconstruction, target, least=self.least)
         with torch.autocast(target.device.type, enabled=False):
-            self.fake.update(self._watched(to_uint8(reconstruction.float())))
-            if self.reference is None:
-                self.real.update(self.features(to_uint8(target.float())))
+            self.fake.update(self._watched(self.eight_bit(reconstruction)))
+            if self.reference is None and self.originals is None:
+                self.real.update(self.features(self.eight_bit(target)))
         self.count += len(target)
         return reconstruction.new_empty(0)
 
@@ -81,14 +94,13 @@ class FrechetMetric(Metric):
         Raises:
             ValueError: Fewer than two pictures were seen, or the reference file has features of another width.
         """
-        return frechet_distance(self.fake.moments(), self.reference or self.real.moments())
+        return frechet_distance(self.fake.moments(), self.reference or self.originals or self.real.moments())
 
     def protocol(self) -> dict[str, Any]:
         """What the figure depends on, for JSON."""
-        against = "the originals" if self.reference is None else "a reference file"
         return {
             **super().protocol(),
-            "against": against,
+            "against": self.reference_name,
             "reference_sha256": self.reference_sha256,
             "n": int(self.count),
         }
@@ -100,15 +112,20 @@ class ReconstructionFid(FrechetMetric):
 
     The network is torch-fidelity's (extra `metrics`), its weights are yours to supply. pytorch-fid's network is the
     same bit for bit, but it is fed differently, see `resize`. The label carries the number of pictures below 50,000,
-    and is not `rFID` below 2048. The Inception score of the reconstructions (1008 unbiased logits, one split) is in
-    `details`.
+    and is not `rFID` below 2048. The Inception score of the reconstructions (1008 unbiased logits) is in `details`. The
+    protocols of published tables are settings of these arguments, see `vistok.evaluate.protocols`.
 
     Args:
         rounding: Has to stay on.
         weights: The Inception file of torch-fidelity or pytorch-fid (one file under two names), None looks for it.
-        reference: An .npz of reference statistics (ADM, pytorch-fid, ours) instead of the originals.
+        reference: An .npz of reference statistics (ADM, pytorch-fid, ours), or the name of an asset that is one
+            (`adm_imagenet256`), instead of the originals.
         resize: `tensorflow`: corner-aligned pixels and (x - 128) / 128, the original graph and torch-fidelity;
-            `pytorch_fid`: centred pixels and 2 x / 255 - 1, which moves features by up to about 1 %.
+            `pytorch_fid`: centred pixels and 2 x / 255 - 1, which moves features by up to about 1 %; `clean`: bicubic
+            with antialias, clipped to 0..255 and not rounded, then (x - 128) / 128 (clean-fid).
+        inception_score: How pictures are split for the Inception score, see `InceptionScore`.
+        quantise: Take pictures as 8-bit ones; off, as they come out of the decoder (only some tables do, and not with
+            `tensorflow`).
 
     Raises:
         ImportError: torch-fidelity is not installed.
@@ -125,19 +142,23 @@ class ReconstructionFid(FrechetMetric):
         rounding: bool = True,
         weights: Path | None = None,
         reference: Path | None = None,
-        resize: Literal["tensorflow", "pytorch_fid"] = "tensorflow",
+        resize: Literal["tensorflow", "pytorch_fid", "clean"] = "tensorflow",
+        inception_score: Rule = "whole",
+        quantise: bool = True,
     ) -> None:
+        if not quantise and resize == "tensorflow":
+            raise ValueError("rFID with resize 'tensorflow' takes 8-bit pictures: leave quantise on.")
         super().__init__(rounding=rounding, reference=reference)
+        self.quantise = quantise
         path = assets.find("inception", weights)
         self.weights_sha256 = assets.sha256(path)
         self.resize = resize
         self.network = _inception(path)
         self._resized: Tensor | None = None
-        if resize == "pytorch_fid":  # torch-fidelity resizes inside, so the first convolution gets ours in its place
+        if resize != "tensorflow":  # torch-fidelity resizes inside, so the first convolution gets ours in its place
             self.network.Conv2d_1a_3x3.register_forward_pre_hook(lambda module, inputs: (self._resized,))
         freeze(self)
-        self.log_likelihood = torch.zeros((), dtype=torch.float64)
-        self.marginal = torch.zeros(1008, dtype=torch.float64)
+        self.score = InceptionScore(inception_score)
 
     @property
     def label(self) -> str:
@@ -151,40 +172,47 @@ class ReconstructionFid(FrechetMetric):
         """The 2048 pooled features, (B, 2048)."""
         return self._run(pictures)[0]
 
+    def feature_facts(self) -> dict[str, Any]:
+        """See `FrechetMetric.feature_facts`."""
+        return {**super().feature_facts(), "resize": self.resize, "quantise": self.quantise}
+
+    def eight_bit(self, pictures: Tensor) -> Tensor:
+        """Pictures in [0, 1] as uint8, or as float in [0, 255] without `quantise`."""
+        return super().eight_bit(pictures) if self.quantise else pictures.float().clamp(0, 1) * 255.0
+
     def _run(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        if self.resize == "pytorch_fid":
-            self._resized = 2.0 * F.interpolate(pictures.float() / 255.0, size=(299, 299), mode="bilinear") - 1.0
-        return self.network(pictures)
+        if self.resize != "tensorflow":
+            self._resized = resized(pictures, self.resize)
+        return self.network(pictures.to(torch.uint8))
 
     def _watched(self, pictures: Tensor) -> Tensor:
         features, logits = self._run(pictures)
-        log_p = logits.double().log_softmax(1).cpu()
-        self.log_likelihood += (log_p.exp() * log_p).sum()
-        self.marginal += log_p.exp().sum(0)
+        self.score.update(logits)
         return features
 
     def gather(self) -> None:
         """See `Metric.gather`."""
         super().gather()
-        add_up(self.log_likelihood)
-        add_up(self.marginal)
+        self.score.gather()
 
     def reset(self) -> None:
         """Forget everything seen."""
         super().reset()
-        self.log_likelihood.zero_()
-        self.marginal.zero_()
+        self.score.reset()
 
     def details(self) -> dict[str, float]:
-        """`inception_score` of the reconstructions and `n`."""
-        n = int(self.count)
-        marginal = self.marginal / n
-        entropy = -(marginal * marginal.clamp_min(1e-300).log()).sum()
-        return {"inception_score": float((self.log_likelihood / n + entropy).exp()), "n": n}
+        """`inception_score` of the reconstructions, its spread over splits, and `n`."""
+        return {**self.score.compute(), "n": int(self.count)}
 
     def protocol(self) -> dict[str, Any]:
         """What the figure depends on, for JSON."""
-        return {**super().protocol(), "resize": self.resize}
+        facts = super().protocol()
+        return {
+            **facts,
+            "rounding": facts["rounding"] if self.quantise else "none",
+            "resize": self.resize,
+            "inception_score": self.score.rule,
+        }
 
 
 @register("metric", "fd_effnet_lite0")
@@ -262,6 +290,19 @@ def _pooled(network: Any, pictures: Tensor) -> Tensor:
     x = F.interpolate(pictures, size=(224, 224), mode="bicubic", antialias=True).clamp(0.0, 1.0)
     found: Tensor = network.forward_head(network.forward_features((x - 0.5) / 0.5), pre_logits=True)
     return found
+
+
+def resized(pictures: Tensor, how: str) -> Tensor:
+    """Pictures in [0, 255], (B, 3, H, W), as the network's first layer takes them: 299 x 299, around [-1, 1].
+
+    Args:
+        pictures: uint8 or float.
+        how: `pytorch_fid` or `clean`, see `ReconstructionFid`.
+    """
+    if how == "pytorch_fid":
+        return 2.0 * F.interpolate(pictures.float() / 255.0, size=(299, 299), mode="bilinear") - 1.0
+    large = F.interpolate(pictures.float(), size=(299, 299), mode="bicubic", antialias=True)  # Pillow's, on floats
+    return (large.clamp(0.0, 255.0) - 128.0) / 128.0
 
 
 def _inception(path: Path) -> Any:

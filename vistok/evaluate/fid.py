@@ -9,6 +9,7 @@ from __future__ import annotations
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -129,22 +130,26 @@ def _factor(covariance: Tensor) -> Tensor:
     return values.clamp_min(0.0).sqrt()[:, None] * vectors.T
 
 
-def save_statistics(path: str | Path, moments: Moments, *, feature: str) -> None:
-    """Write `mu`, `sigma`, `n` and the feature's name as .npz, readable by pytorch-fid and by `read_statistics`."""
+def save_statistics(path: str | Path | BinaryIO, moments: Moments, *, feature: str) -> None:
+    """Write `mu`, `sigma`, `n` and the feature's name as .npz, readable by pytorch-fid and by `read_statistics`.
+
+    The factor of few pictures goes along, so that distances are the same to the last bit.
+    """
     n = -1 if moments.n is None else moments.n
-    np.savez(path, mu=moments.mean.numpy(), sigma=moments.covariance.numpy(), n=n, feature=feature)
+    extra = {} if moments.factor is None else {"factor": moments.factor.numpy()}
+    np.savez(path, mu=moments.mean.numpy(), sigma=moments.covariance.numpy(), n=n, feature=feature, **extra)
 
 
-def read_statistics(path: str | Path) -> Moments:
+def read_statistics(path: str | Path | BinaryIO) -> Moments:
     """Read a reference file: ours, pytorch-fid's, or ADM's reference batches (arrays `mu` and `sigma`).
 
     Raises:
         ValueError: No such file, not an .npz, or without these two arrays.
     """
     try:
-        with open(path, "rb") as raw:
-            archive = zipfile.is_zipfile(raw)
-        if not archive:
+        if isinstance(path, (str, Path)):
+            open(path, "rb").close()  # says what is wrong with it
+        if not zipfile.is_zipfile(path):
             raise zipfile.BadZipFile("it is not an archive of arrays")
         with np.load(path, allow_pickle=False) as file:
             if not {"mu", "sigma"} <= set(file.files):
@@ -153,6 +158,7 @@ def read_statistics(path: str | Path) -> Moments:
                     f"be turned into statistics first."
                 )
             n = int(file["n"]) if "n" in file.files else -1
+            factor = torch.from_numpy(file["factor"]) if "factor" in file.files else None
             mean, covariance = (torch.from_numpy(np.asarray(file[k], dtype=np.float64)) for k in ("mu", "sigma"))
     except (OSError, zipfile.BadZipFile, EOFError) as err:
         raise ValueError(f"{path} cannot be read as an .npz of reference statistics: {err}") from err
@@ -160,4 +166,4 @@ def read_statistics(path: str | Path) -> Moments:
         raise ValueError(
             f"{path}: mu is {tuple(mean.shape)} and sigma {tuple(covariance.shape)}; expected (D,), (D, D)."
         )
-    return Moments(mean=mean, covariance=covariance, n=n if n > 0 else None)
+    return Moments(mean=mean, covariance=covariance, n=n if n > 0 else None, factor=factor)

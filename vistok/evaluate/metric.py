@@ -12,7 +12,7 @@ order of a float64 addition. A sampler that repeats pictures to fill up the last
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -25,12 +25,15 @@ from vistok.losses.base import check_pair
 
 
 def build_metrics(
-    names: Sequence[str], *, size: tuple[int, int] | None = None, rounding: bool = True
+    names: Sequence[str] | Mapping[str, Mapping[str, Any]],
+    *,
+    size: tuple[int, int] | None = None,
+    rounding: bool = True,
 ) -> tuple[dict[str, Metric], dict[str, str]]:
     """Metrics by name, as far as this machine and the pictures' size allow.
 
     Args:
-        names: Registered names.
+        names: Registered names, or specs `{name: ..., ...}` by the name to report them under.
         size: (H, W) of the pictures, None if it varies.
         rounding: See `Metric.update`.
 
@@ -43,9 +46,10 @@ def build_metrics(
     """
     built: dict[str, Metric] = {}
     skipped: dict[str, str] = {}
-    for name in names:
+    specs = names if isinstance(names, Mapping) else {name: {"name": name} for name in names}
+    for name, spec in specs.items():
         try:
-            metric = create("metric", name, rounding=rounding)
+            metric = create("metric", **{"rounding": rounding, **spec})
         except (AssetError, ImportError) as err:
             skipped[name] = str(err)
             continue

@@ -7,7 +7,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,11 @@ from vistok.codec import prior as codec
 from vistok.config import create
 from vistok.distributed import all_objects, rank, world_size
 from vistok.evaluate import protocol, report
+from vistok.evaluate import reference as statistics
 from vistok.evaluate.gallery import Example, Gallery
 from vistok.evaluate.intervals import bootstrap_interval
-from vistok.evaluate.metric import Metric
+from vistok.evaluate.metric import Metric, build_metrics
+from vistok.evaluate.protocols import Protocol
 from vistok.evaluate.rungs import Rungs, climb
 from vistok.evaluate.usage import LARGEST_VOCABULARY, CodebookUsage
 from vistok.hub import write_atomic
@@ -57,6 +59,7 @@ class EvalResult:
         pictures: Pictures measured.
         skipped: File -> why it could not be used.
         files: What was written, name -> path.
+        unmeasured: Metric -> why it is left out: its weights are not here, and the line that brings them.
     """
 
     figures: dict[str, float]
@@ -70,6 +73,7 @@ class EvalResult:
     pictures: int
     skipped: dict[str, str]
     files: dict[str, Path]
+    unmeasured: dict[str, str] = field(default_factory=dict)
 
 
 def evaluate(
@@ -86,6 +90,8 @@ def evaluate(
     lengths: Sequence[int] = (),
     text: str | Mapping[Path, str] | None = None,
     progress: Callable[[int], None] | None = None,
+    conditions: Protocol | None = None,
+    reference: Path | None = None,
 ) -> EvalResult:
     """Encode and decode pictures, measure, and write what others need to check the figures.
 
@@ -99,7 +105,7 @@ def evaluate(
     Args:
         tokenizer: The model; it is put into eval mode for the time being.
         pictures: Picture files; `tokenizer.preprocess` is applied. Files that cannot be read are skipped and named.
-        metrics: Registered metrics.
+        metrics: Registered metrics. One whose weights are not on this machine is left out and named, never replaced.
         out: Folder for the results.
         batch: Pictures at once.
         command: Command that repeats the evaluation; empty for that of this process.
@@ -109,13 +115,18 @@ def evaluate(
         lengths: Further token counts to decode the same tokens at: a table and `ladder.png`. Nested tokenizers only.
         text: For tokenizers that read captions: one for all pictures, or that of each file.
         progress: Called with the number of pictures done in this process, after every batch.
+        conditions: Protocol of a published table, whose metrics are measured besides.
+        reference: Folder of pictures that Frechet distances are measured from, in place of the originals.
 
     Raises:
         ValueError: No picture could be used, or a metric does not take this size.
         KeyError: Unknown metric.
     """
     root = _common_folder(pictures)
-    measured = _Measured(tokenizer, metrics, root)
+    specs: dict[str, Mapping[str, Any]] = {n: {"name": n} for n in metrics}
+    measured = _Measured(tokenizer, {**specs, **(conditions.specs if conditions else {})}, root)
+    statistics.use(measured.metrics, reference, tokenizer.preprocess, tokenizer.device)
+    keys = statistics.recall(measured.metrics, pictures, tokenizer.preprocess, root)
     broken: dict[Path, str] = {}
     was_training = tokenizer.training
     tokenizer.eval()
@@ -128,11 +139,13 @@ def evaluate(
         rungs = None
         if lengths and rank() == 0:
             title = name or tokenizer.registry_name
-            rungs = climb(tokenizer, pictures, lengths, metrics, batch=batch, title=title)
+            single = [n for n, metric in measured.metrics.items() if metric.per_picture]
+            rungs = climb(tokenizer, pictures, lengths, single, batch=batch, title=title)
     finally:
         tokenizer.train(was_training)
     broken = {path: why for part in all_objects(broken) for path, why in part.items()}
     measured.gather()
+    statistics.remember(measured.metrics, keys)
     if not measured.lines:
         reasons = "; ".join(f"{path.name}: {why}" for path, why in list(broken.items())[:3]) or "the list is empty"
         raise ValueError(f"There is no picture to evaluate on ({reasons}).")
@@ -155,6 +168,10 @@ def evaluate(
             **({"text": text if isinstance(text, str) else "a caption per picture"} if text is not None else {}),
         },
     )
+    for key, value in keys.items():
+        facts["metrics"][key]["statistics"] = value
+    if conditions is not None:
+        facts["published"] = conditions.facts(len(used))
     _write(result, measured, facts, report.curves_from_log(_records(history or {})), rungs)
     return result
 
@@ -162,14 +179,17 @@ def evaluate(
 class _Measured:
     """Everything that adds up over the batches of one evaluation."""
 
-    def __init__(self, tokenizer: Tokenizer, names: Sequence[str], root: Path) -> None:
+    def __init__(self, tokenizer: Tokenizer, specs: Mapping[str, Mapping[str, Any]], root: Path) -> None:
         self.tokenizer = tokenizer
         self.root = root
-        self.metrics: dict[str, Metric] = {n: create("metric", n).to(tokenizer.device) for n in names}
+        built, unmeasured = build_metrics(specs)
+        self.unmeasured = {name: why for part in all_objects(unmeasured) for name, why in part.items()}
+        self.metrics = {n: m.to(tokenizer.device) for n, m in built.items() if n not in self.unmeasured}
         ranking = [n for n, metric in self.metrics.items() if metric.per_picture]
         if not ranking:
+            why = "".join(f" {name} cannot be measured: {reason}" for name, reason in self.unmeasured.items())
             raise ValueError(
-                f"An evaluation needs a metric that has a value for every picture, e.g. psnr; got {names}."
+                f"An evaluation needs a metric that has a value for every picture, e.g. psnr; got {list(specs)}.{why}"
             )
         self.gallery = Gallery(ranking[0], higher_is_better=self.metrics[ranking[0]].higher_is_better)
         self.flat: Metric = create("metric", "psnr").to(tokenizer.device)
@@ -243,6 +263,7 @@ class _Measured:
             pictures=count,
             skipped=skipped,
             files=files,
+            unmeasured=self.unmeasured,
         )
 
     def _rate(self, count: int) -> dict[str, float]:
@@ -363,7 +384,11 @@ def _rows(facts: Mapping[str, float]) -> list[tuple[str, float]]:
 
 
 def _notes(result: EvalResult) -> list[str]:
+    missing = [f"{name} is left out. {why}" for name, why in result.unmeasured.items()]
     if not result.skipped:
-        return []
+        return missing
     named = "; ".join(f"{file}: {why}" for file, why in list(result.skipped.items())[:5])
-    return [f"{len(result.skipped)} of {result.pictures + len(result.skipped)} files could not be used: {named}"]
+    return [
+        *missing,
+        f"{len(result.skipped)} of {result.pictures + len(result.skipped)} files could not be used: {named}",
+    ]

@@ -165,6 +165,7 @@ def _enter(name: str, encoder: Any, decoder: Any, tag: str = "", figures: Mappin
         trained_on=data,
         figures=figures or {},
         source="later papers' tables at 32 tokens (rFID: ImageNet-val 50k, 256 px; 25 steps, APG 7.5)",
+        options=" --tokens 32",
     )
     full = f"{name}.{tag}" if tag else name
     preset("tokenizer", full, builder="flextok", config=config, weights=weights if tag else None)

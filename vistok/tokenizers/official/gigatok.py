@@ -170,6 +170,7 @@ for _name, _file, _encoder, _decoder, _rfid, _lpips in (
             trained_on="ImageNet-1k",
             figures={"rFID": _rfid, "LPIPS": _lpips},
             source="README of github.com/SilentView/GigaTok, with the links (ImageNet-val 50k, 256 px)",
+            protocol="adm_originals",
         ),
     )
 for _name, _encoder, _decoder, _layer in (

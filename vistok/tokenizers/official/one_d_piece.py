@@ -20,5 +20,6 @@ for _size, _name, _rfid in (("s", "small", 1.48), ("b", "base", 1.11), ("l", "la
             trained_on="ImageNet-1k",
             figures={"rFID": _rfid},
             source="README of turingmotors/One-D-Piece (rFID: ImageNet-val 50k, 256 px, all 256 tokens)",
+            protocol="titok",
         ),
     )

@@ -185,6 +185,7 @@ def _weights(hub: str, rfid: float, filename: str = "model.safetensors") -> Weig
         trained_on="ImageNet-1k",
         figures={"rFID": rfid},
         source=_TABLE,
+        protocol="titok",
     )
 
 
@@ -226,6 +227,8 @@ for _name, _sizes, _tokens, _rfid in (
             trained_on="DataComp-1B, 685.8 M filtered pairs",
             figures={"rFID": _rfid},
             source="arXiv 2501.07730, table 3 (rFID: zero-shot ImageNet-val 50k, 256 px, 'A photo of a {class}.')",
+            protocol="titok",
+            options=" --caption 'A photo of a {class}.'",
         ),
     )
 preset(

@@ -117,6 +117,7 @@ def _enter(name: str, file: str, data: str, multipliers: tuple[int, ...], groups
             source="README and abstract of arXiv 2508.05599 (zero-shot rFID, ImageNet-val 50k, 256 px)"
             if figures
             else "",
+            protocol="wetok" if figures else "",
         ),
     )
 
