@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 
 import vistok
 from tests.fill import fill
+from vistok.cli import run
 from vistok.config import create
 from vistok.hub import LoadError
 
@@ -39,6 +40,15 @@ def test_a_folder_gives_it_back(tmp_path, name):
         vistok.load(tmp_path, kind="tokenizer")
     with pytest.raises(LoadError, match="no image_size"):
         vistok.load(tmp_path, image_size=(64, 64))
+
+
+def test_the_command_converts_an_official_projector(golden, tmp_path, capsys):
+    case = golden("quecc").meta["tokenpacker"]["g12s4"]
+    save_file(_filled(case["state_dict"], "model.mm_projector."), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"scale_factor": 4}')
+    assert run(["convert", str(tmp_path), str(tmp_path / "ours")]) == 0
+    found = vistok.load(tmp_path / "ours")
+    assert f"token_packer {found.model_id}: 15.81 M parameters, 36 tokens per picture." in capsys.readouterr().out
 
 
 @pytest.mark.parity

@@ -10,7 +10,7 @@ import torch
 
 from tests.plugins import hosts, local
 from vistok.cli import run as vistok
-from vistok.config import check_component, read_yaml
+from vistok.config import check_component, create, read_yaml
 from vistok.data.scenes import Question, Scenes
 from vistok.evaluate import bench_scenes
 from vistok.evaluate.bench_scenes import Item, SceneBench, ask, inside_share, run, table, wilson
@@ -167,3 +167,15 @@ def test_every_column_of_the_table_is_filled(result):
     heads, cells = table(result)
     assert all(len(row) == len(heads) for row in cells)
     assert bench_scenes.caption(result).startswith("10 questions about")
+
+
+def test_a_method_without_a_budget_is_asked_once_with_the_tokens_it_gives(folder, tmp_path):
+    config = {"dim": 32, "out_dim": 32, "levels": [1, 2], "grid": [4, 4], "window": 2}
+    create("compressor", "token_packer", **config).save_pretrained(tmp_path)
+    method = {"name": "token_packer", "compressor": str(tmp_path)}
+    assert [s.keep for s in settings_of([method, "random"], [0.5, 4])] == [None, 0.5, 4]
+    rows = run(folder, methods=[method], keep=[0.5, 4], scenes=SCENES, questions=4, rounds=1).rows
+    assert [(row["method"], row["keep"], row["image_left"]) for row in rows] == [
+        ("none", 1.0, 16),
+        ("token_packer", 4, 4),
+    ]

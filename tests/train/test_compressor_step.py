@@ -148,7 +148,7 @@ def test_two_processes_equal_one(folder, tmp_path):
     over = {"losses": {"answers": 1.0, "pooled": 0.5}, "train": {"save_every": 4}}
     recipe = tmp_path / "given.yaml"
     write_yaml(values(folder, tmp_path / "two", over=over), recipe)
-    finish(launch(recipe, world=2))
+    finish(launch(recipe, world=2), timeout=400)
     train(from_dict(values(folder, tmp_path / "one", over=merge(over, {"train": {"batch": 2}}))))
     ours, theirs = tiny.weights(tmp_path / "two", 4), tiny.weights(tmp_path / "one", 4)
     assert set(ours) == set(theirs)
