@@ -122,6 +122,29 @@ def test_shards_behind_an_address_are_fetched_once(folder):
     assert not list((folder / "cache").glob(".*"))
 
 
+def test_a_download_that_breaks_off_is_refused_and_not_kept(folder):
+    class Short(http.server.BaseHTTPRequestHandler):
+        def log_message(self, *words):
+            pass
+
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Length", "1000000")
+            self.end_headers()
+            self.wfile.write((folder / "set-000.tar").read_bytes())
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Short)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        with pytest.raises(FileNotFoundError, match=r"x\.tar could not be fetched: .* of 1000000 bytes; start again"):
+            address = f"http://127.0.0.1:{server.server_port}/x.tar"
+            vistok.create("dataset", "webdataset", path=address, cache=str(folder / "cache"))
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert not any((folder / "cache").iterdir())
+
+
 def test_damaged_picture_is_skipped_by_the_loader(tmp_path):
     write(tmp_path / "d.tar", {"a.jpg": jpeg(1), "b.jpg": jpeg(2)[:200], "c.jpg": jpeg(3)})
     data = shards(tmp_path, "d.tar")

@@ -175,7 +175,7 @@ def download(address: str, cache: Path) -> Path:
     """Fetch a shard into the cache folder, once.
 
     Raises:
-        FileNotFoundError: The address gives no file.
+        FileNotFoundError: The address gives no file, or not all of it.
     """
     target = cache / f"{hashlib.sha256(address.encode()).hexdigest()[:16]}-{address.rpartition('/')[2]}"
     if target.is_file():
@@ -186,6 +186,9 @@ def download(address: str, cache: Path) -> Path:
         with urllib.request.urlopen(address) as source, partial.open("wb") as file:
             while block := source.read(2**20):
                 file.write(block)
+            promised = source.headers.get("Content-Length")
+            if promised is not None and file.tell() != int(promised):
+                raise OSError(f"the connection ended after {file.tell()} of {promised} bytes; start again")
         os.replace(partial, target)
     except (urllib.error.URLError, OSError) as err:
         partial.unlink(missing_ok=True)
