@@ -1,5 +1,8 @@
 """Damaged and hostile files: one clear line, exit code 2, nothing written."""
 
+import contextlib
+import io
+import resource
 import struct
 import zlib
 
@@ -32,11 +35,24 @@ def mutated(data: bytes, rng: np.random.Generator) -> bytes:
     return bytes(raw)
 
 
+MEMORY = 400 * 2**20
+"""Bytes by which the process may grow over a hostile picture of any kind."""
+
+
+@contextlib.contextmanager
+def bounded():
+    """The process grows by at most `MEMORY` inside the block."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    yield
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < MEMORY
+
+
 def refused(capsys, out, *words: str) -> None:
-    """The command ends with 2 and says something, without a traceback; `out` holds no result."""
-    assert run([*words, "--out", str(out)]) == 2
+    """The command ends with 2 and says one line, without a traceback; `out` holds no result."""
+    with bounded():
+        assert run([*words, "--out", str(out)]) == 2
     said = capsys.readouterr().err
-    assert said.strip() and "Traceback" not in said
+    assert len(said.strip().splitlines()) == 1 and "Traceback" not in said
     assert not [p for p in out.rglob("*") if p.is_file()] if out.exists() else True
 
 
@@ -68,12 +84,13 @@ def bomb(width: int, height: int) -> bytes:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["truncated", "bomb", "text", "empty", "wrong ending"])
+@pytest.mark.parametrize("kind", ["truncated", "bomb", "just too large", "text", "empty", "wrong ending"])
 def test_pictures_that_are_none_are_refused(kind, tmp_path, capsys):
     photo = (FOLDER / "01-cat.jpg").read_bytes()
     content = {
         "truncated": photo[: len(photo) // 3],
         "bomb": bomb(60_000, 60_000),
+        "just too large": bomb(12_001, 10_000),
         "text": b"not a picture at all",
         "empty": b"",
         "wrong ending": b"VT\x01\x00" + bytes(40),
@@ -87,8 +104,35 @@ def test_pictures_that_are_none_are_refused(kind, tmp_path, capsys):
 @pytest.mark.parametrize("size", [(1, 1), (60_000, 2), (3, 500)])
 def test_odd_shapes_are_pictures(size, tmp_path):
     Image.new("RGB", size, "red").save(tmp_path / "odd.png")
-    assert run(["encode", MODEL, str(tmp_path / "odd.png"), "--out", str(tmp_path / "out")]) == 0
+    with bounded():
+        assert run(["encode", MODEL, str(tmp_path / "odd.png"), "--out", str(tmp_path / "out")]) == 0
     assert (tmp_path / "out" / "odd.vtok").stat().st_size < 200
+
+
+@pytest.mark.slow
+def test_the_ending_of_a_name_does_not_matter(tmp_path):
+    for name in ("photo.png", "photo.txt", "photo"):
+        (tmp_path / name).write_bytes((FOLDER / "01-cat.jpg").read_bytes())
+        out = tmp_path / f"out-{name}"
+        assert run(["encode", MODEL, str(tmp_path / name), "--out", str(out)]) == 0
+        assert (out / "photo.vtok").is_file()
+
+
+@pytest.mark.slow
+def test_mutated_pictures_are_encoded_or_refused_in_one_line_each(tmp_path, capsys):
+    rng, folder, out = np.random.default_rng(2), tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    for kind in ("JPEG", "PNG", "WEBP", "GIF", "TIFF"):
+        file = io.BytesIO()
+        with Image.open(FOLDER / "01-cat.jpg") as photo:
+            photo.resize((96, 72)).save(file, format=kind)
+        for i in range(20):
+            (folder / f"{kind}-{i:02d}.{kind.lower()}").write_bytes(mutated(file.getvalue(), rng))
+    with bounded():
+        code = run(["encode", MODEL, str(folder), "--out", str(out)])
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("Error:")]
+    assert code == 2 and len(lines) > 20
+    assert len(list(out.rglob("*.vtok"))) + len(lines) == 100
 
 
 @pytest.mark.slow

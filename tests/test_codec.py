@@ -1,5 +1,8 @@
 """Entropy coding: lossless for any ids, close to the entropy, flagged in the container."""
 
+import binascii
+import zipfile
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +13,7 @@ import vistok
 from vistok.codec.planes import PlanePrior
 from vistok.codec.prior import TOTAL, PositionPrior, fit, read, whole
 from vistok.hub import LoadError
-from vistok.tokens import FLAG_CODED, ContainerError, Tokens, from_bytes, pack, to_bytes
+from vistok.tokens import FLAG_CODED, HEADER, MAGIC, VERSION, ContainerError, Tokens, from_bytes, pack, to_bytes
 
 pytest.importorskip("constriction", reason="the range coder is not installed: pip install 'vistok[codec]'")
 MODEL, VOCAB = "0123abcd", (16, 5)
@@ -115,3 +118,49 @@ def test_a_flipped_bit_of_a_coded_file_is_found(prior, at):
 def test_longer_codes_than_the_prior_knows_are_refused(prior):
     with pytest.raises(ValueError, match="up to 30 tokens, these have 31"):
         prior.encode(torch.zeros(31, 2, dtype=torch.int64))
+
+
+def test_any_damage_to_a_stored_prior_is_one_error(prior, tmp_path):
+    prior.save(tmp_path)
+    data, rng = (tmp_path / "prior.npz").read_bytes(), np.random.default_rng(0)
+    for _ in range(300):
+        changed = bytearray(data)
+        for at in rng.integers(len(data), size=rng.integers(1, 6)):
+            changed[at] = rng.integers(256)
+        (tmp_path / "prior.npz").write_bytes(changed[: rng.integers(1, len(data))] if rng.random() < 0.3 else changed)
+        try:
+            assert read(tmp_path).arrays().keys() == prior.arrays().keys()  # what no reader looks at was changed
+        except LoadError as err:
+            assert "prior.npz is no prior of vistok" in str(err) or "prior.npz unpacks to more than" in str(err)
+
+
+def test_a_prior_that_unpacks_to_gigabytes_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("vistok.codec.prior.LARGEST", 2**20)
+    with (
+        zipfile.ZipFile(tmp_path / "prior.npz", "w", zipfile.ZIP_DEFLATED) as file,
+        file.open("counts.npy", "w") as out,
+    ):
+        for _ in range(2):
+            out.write(bytes(1 << 20))
+    with pytest.raises(LoadError, match="unpacks to more than 1 MB"):
+        read(tmp_path)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    flags=st.integers(0, 3),
+    sides=st.tuples(st.integers(0, 0xFFFF), st.integers(0, 0xFFFF)),
+    k=st.integers(0, 40) | st.integers(0, 0xFFFF),
+    body=st.binary(max_size=80),
+)
+def test_well_formed_nonsense_is_read_or_refused(prior, flags, sides, k, body):
+    """Whatever stands behind a right checksum: tokens of the vocabulary, or one error; never anything else."""
+    head = HEADER.pack(MAGIC, VERSION, flags, bytes.fromhex(MODEL), *sides, k, 0)[:-2]
+    start = prior.check if flags & FLAG_CODED else 0
+    data = head + binascii.crc_hqx(head + body, start).to_bytes(2, "big") + body
+    try:
+        found = from_bytes(data, vocab=VOCAB, model_id=MODEL, prior=prior)
+    except ContainerError as err:
+        assert "\n" not in str(err)
+    else:
+        assert found.num_tokens == k and bool((found.ids < torch.tensor(VOCAB)).all()) and bool((found.ids >= 0).all())

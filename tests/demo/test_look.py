@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -217,3 +218,12 @@ def test_what_is_not_there_is_one_line(capsys: Any, monkeypatch: Any, tmp_path: 
     assert "'nowhere' is no preset with weights" in failed(capsys, "nowhere")
     assert "holds no model (no config.json)" in failed(capsys, "--vlm", str(tmp_path))
     assert "--port" in failed(capsys, "--port", "0")
+
+
+def test_a_port_that_is_taken_is_one_line(capsys: Any, monkeypatch: Any):
+    monkeypatch.setitem(sys.modules, "gradio", object())
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert f"Port {port} of this machine cannot be used" in failed(capsys, "--port", str(port))

@@ -146,13 +146,3 @@ def test_a_tokenizer_of_one_length_and_a_model_of_ones_own(tmp_path: Path) -> No
         tab.wait_for_selector("#vt-kept .vt-said")
         assert "all tokens" in str(tab.text_content("#vt-kept .vt-said"))
         assert str(tab.text_content("#vt-kept [data-figure=tokens] .vt-value")) == "4"
-
-
-def test_a_port_that_is_taken_is_one_line() -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        command = [sys.executable, "-m", "vistok", "demo", "--port", str(taken.getsockname()[1])]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1 and "port" in done.stderr

@@ -29,5 +29,6 @@ def demo(
     from vistok.demo.look import Viewer
 
     page.gradio()
+    page.refuse_taken(port)
     viewer = Viewer(load(model, device), model)
     page.serve(viewer, FeatureKeeper() if vlm is None else HostKeeper(vlm), port=port, share=share)

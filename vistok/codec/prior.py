@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import binascii
 import io
+import struct
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,6 +24,13 @@ from vistok.hub import LoadError, write_atomic
 FILE = "prior.npz"
 TOTAL = 1 << 15
 """Sum of the whole numbers of a distribution."""
+LARGEST = 1 << 29
+"""Bytes that a stored prior may unpack to."""
+DAMAGE = (
+    *(OSError, EOFError, ValueError, TypeError, IndexError, KeyError, RuntimeError, MemoryError, OverflowError),
+    *(zipfile.BadZipFile, zlib.error, struct.error),
+)
+"""What a damaged archive makes its readers raise."""
 LUCK = 8
 """Bytes by which a code may beat its ideal length for `Prior.most_tokens` to find it."""
 
@@ -268,8 +277,13 @@ def read(folder: str | Path) -> Prior | None:
     if not path.is_file():
         return None
     try:
+        with zipfile.ZipFile(path) as file:
+            if sum(entry.file_size for entry in file.infolist()) > LARGEST:
+                raise LoadError(f"{path} unpacks to more than {LARGEST >> 20} MB, which no prior does. Delete it.")
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         return Prior.kinds[str(arrays.pop("kind"))](**arrays)
-    except (OSError, ValueError, KeyError, TypeError, IndexError, zipfile.BadZipFile, EOFError) as err:
+    except LoadError:
+        raise
+    except DAMAGE as err:
         raise LoadError(f"{path} is no prior of vistok: {err}. Delete it to do without entropy coding.") from err

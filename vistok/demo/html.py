@@ -71,9 +71,14 @@ def _card(
     kind = " vt-ours" if ours else ""
     return (
         f'<figure class="vt-card{kind}" data-card="{escape(title)}">{_image(picture, title)}<figcaption>'
-        f'<div class="vt-title">{escape(title)}</div><div class="vt-small">{escape(note)}</div>'
+        f'<div class="vt-title">{_breakable(title)}</div><div class="vt-small">{escape(note)}</div>'
         f"{_values(values or {})}</figcaption></figure>"
     )
+
+
+def _breakable(name: str) -> str:
+    """A name that may be broken behind its dots and underscores."""
+    return escape(name).replace("_", "_<wbr>").replace(".", ".<wbr>")
 
 
 def _rival(rival: Rival, view: View) -> str:

@@ -24,7 +24,7 @@ METRICS = ("psnr", "ssim", "lpips_alex")
 RIVALS = ("WebP", "JPEG", "AVIF")
 GAIN = 3.0
 """How much stronger the residual is painted than it is."""
-CURVE_POINTS, CURVE_SECONDS = 14, 2.0
+CURVE_POINTS, CURVE_LEAST, CURVE_SECONDS = 14, 5, 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,12 +155,13 @@ class Look:
         return self.tokens.num_tokens
 
     def size(self, count: int) -> int | None:
-        """Bytes of the whole file of so many tokens; None for continuous latents."""
+        """Bytes of the whole file of so many tokens (the nearest possible number); None for continuous latents."""
+        count = self._possible(count)
         return None if self.tokens.ids is None else len(self._file(count))
 
     def at(self, count: int) -> View:
         """Decode and measure at a number of tokens; beyond the possible ones the nearest is taken."""
-        count = min(max(int(count), 1 if self.viewer.tokenizer.nested else self.most), self.most)
+        count = self._possible(count)
         rebuilt = self._decode(count)
         file = None if self.tokens.ids is None else self._file(count)
         return View(
@@ -177,8 +178,9 @@ class Look:
         )
 
     def curve(self) -> dict[str, list[tuple[int, float]]]:
-        """PSNR against bytes: of the tokenizer at a few lengths (as many as fit into `CURVE_SECONDS`), and of codecs.
+        """PSNR against bytes: of the tokenizer at a few lengths, and of the codecs.
 
+        At as many lengths as fit into `CURVE_SECONDS`, and at least `CURVE_LEAST`.
         Empty for continuous latents and for tokenizers of one length.
         """
         if self.tokens.ids is None or not self.viewer.tokenizer.nested or "PSNR" not in self._titles():
@@ -186,13 +188,16 @@ class Look:
         psnr, start, points = self.viewer.metric("PSNR"), time.perf_counter(), []
         for count in spread(self.most, CURVE_POINTS):
             points.append((self.size(count) or 0, float(psnr.update(self._decode(count), self.pixels)[0])))
-            if time.perf_counter() - start > CURVE_SECONDS:
+            if len(points) >= CURVE_LEAST and time.perf_counter() - start > CURVE_SECONDS:
                 break
         found = {self.viewer.name: rising(points)}
         largest = max(size for size, _ in points)
         for codec in RIVALS:
             found[codec] = self._files(codec).frontier(largest)
         return {name: line for name, line in found.items() if line}
+
+    def _possible(self, count: float) -> int:
+        return min(max(int(count), 1 if self.viewer.tokenizer.nested else self.most), self.most)
 
     def _titles(self) -> list[str]:
         return [m.title for m in self.viewer.metrics.values()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from vistok.demo.kept import QUESTION, Keeper
 from vistok.demo.look import Look, Viewer
 from vistok.demo.style import CSS, FONT, MONO
 
-FIRST_SHARE = 0.25
+HOST, FIRST_SHARE = "127.0.0.1", 0.25
 USERS = (ValueError, OSError)
 """What a picture or a setting can raise; said on the page in one line."""
 
@@ -37,6 +38,20 @@ def gradio() -> Any:
     return gradio
 
 
+def refuse_taken(port: int) -> None:
+    """Stop before anything is loaded if something listens on the port.
+
+    Raises:
+        OSError: The port is taken, or may not be used.
+    """
+    with socket.socket() as tried:
+        tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            tried.bind((HOST, port))
+        except OSError as err:
+            raise OSError(f"Port {port} of this machine cannot be used ({err.strerror}): give another --port.") from err
+
+
 def serve(viewer: Viewer, keeper: Keeper, *, port: int, share: bool = False, block: bool = True) -> str:
     """Show the page on this machine; its address.
 
@@ -52,10 +67,11 @@ def serve(viewer: Viewer, keeper: Keeper, *, port: int, share: bool = False, blo
         OSError: The port is taken.
     """
     gr = gradio()
+    refuse_taken(port)
     page = build(gr, viewer, keeper)
     theme = gr.themes.Default(font=list(FONT), font_mono=list(MONO), radius_size="lg", primary_hue="blue")
     _, address, shared = page.launch(
-        server_name="127.0.0.1",
+        server_name=HOST,
         server_port=port,
         share=share,
         theme=theme,
@@ -86,7 +102,7 @@ def build(gr: Any, viewer: Viewer, keeper: Keeper) -> Any:
     Returns:
         Gradio's `Blocks`.
     """
-    with gr.Blocks(title="vistok demo", analytics_enabled=False) as page:
+    with gr.Blocks(title="vistok demo", analytics_enabled=False, fill_width=True) as page:
         gr.HTML(
             f'<div id="vt-head"><h1><span>vistok</span> &nbsp;How few tokens does a picture need?</h1>'
             f"<p><code>{viewer.name}</code> &middot; {viewer.facts}</p></div>"
@@ -157,14 +173,11 @@ def _tokens_tab(gr: Any, page: Any, viewer: Viewer) -> None:
             shown = gr.HTML(elem_id="vt-view", padding=False, elem_classes="vt-plain")
             drawn = gr.HTML(elem_id="vt-drawn", padding=False, elem_classes="vt-plain")
 
-    def encode(file: str | None, text: str, count: int) -> tuple[Look | None, str, dict[str, Any], str]:
+    def encode(file: str | None, text: str) -> tuple[Look | None, Any, dict[str, Any], str]:
         if not file:
             return None, note_html("Drop a picture, or choose one below."), {}, ""
         look, said = _told(file, lambda: viewer.look(file, text))
-        if look is None:
-            return None, said, {}, ""
-        view, lines = look.at(count), look.curve()
-        return look, view_html(view, viewer.name), lines, curve_svg(lines, view.size)
+        return (None, said, {}, "") if look is None else (look, gr.skip(), {}, "")
 
     def move(look: Look | None, lines: dict[str, Any], count: int) -> tuple[Any, Any]:
         if look is None:
@@ -172,9 +185,15 @@ def _tokens_tab(gr: Any, page: Any, viewer: Viewer) -> None:
         view = look.at(count)
         return view_html(view, viewer.name), curve_svg(lines, view.size)
 
-    results = [state, shown, curves, drawn]
+    def draw(look: Look | None, count: int) -> tuple[dict[str, Any], str]:
+        lines = {} if look is None else look.curve()
+        return lines, curve_svg(lines, None if look is None else look.size(count))
+
+    # each step reads where the slider is by then: a slow picture does not bring back an old position
     for event in (page.load, dropped.change, caption.submit):
-        event(encode, [dropped, caption, slider], results, show_progress="hidden")
+        done = event(encode, [dropped, caption], [state, shown, curves, drawn], show_progress="hidden")
+        done = done.then(move, [state, curves, slider], [shown, drawn], show_progress="hidden")
+        done.then(draw, [state, slider], [curves, drawn], show_progress="hidden")
     slider.change(move, [state, curves, slider], [shown, drawn], show_progress="hidden", trigger_mode="always_last")
 
 

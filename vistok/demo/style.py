@@ -17,15 +17,15 @@ footer { display: none !important; }
 #vt-head h1 span { color: var(--vt-ours); }
 #vt-head p { margin: 4px 0 0; color: var(--vt-soft); font-size: 0.92rem; }
 #vt-head code { font-size: 0.86em; }
-.vt-figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(118px, 1fr)); gap: 10px;
+.vt-figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(102px, 1fr)); gap: 10px;
   margin: 2px 0 14px; }
 .vt-figure, .vt-card, .vt-curve, .vt-said { background: var(--block-background-fill); border-radius: 12px;
   border: 1px solid var(--border-color-primary); }
-.vt-figure { padding: 9px 13px 10px; }
+.vt-figure { padding: 9px 12px 10px; }
 .vt-name { font-size: 0.74rem; font-weight: 600; color: var(--vt-soft); text-transform: uppercase;
   letter-spacing: 0.05em; }
 .vt-value small { font-size: 0.85rem; font-weight: 600; color: var(--vt-soft); margin-left: 4px; }
-.vt-value { font-size: 1.45rem; line-height: 1.3; font-weight: 680; font-variant-numeric: tabular-nums;
+.vt-value { font-size: 1.4rem; line-height: 1.3; font-weight: 680; font-variant-numeric: tabular-nums;
   white-space: nowrap; }
 .vt-small { font-size: 0.76rem; line-height: 1.4; color: var(--vt-soft); }
 .vt-cards { display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); gap: 14px; }
