@@ -1,6 +1,6 @@
 """Make assets/rate_distortion.{html,png,json}: the shipped tokenizer beside JPEG, WebP and AVIF at equal bytes.
 
-Run: python assets/rate_distortion.py [DATA]
+Run at the top of the repository: python assets/rate_distortion.py [DATA]
 
 DATA is where the 24 held-out pictures are or will be (`data` by default): `recipes/get_data.py --set heldout DATA`
 fetches them if they are not there. LPIPS (vgg), DISTS and EfficientNet need the packages that `.ci/run` installs;
@@ -12,13 +12,16 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).parent
 MODEL = "spectral_planes_128.free"
-NAMES = {"rate_distortion.html": "rate_distortion.html", "curves.png": "rate_distortion.png"}
-NAMES["rate_distortion.json"] = "rate_distortion.json"
+WORK = Path("runs/rate_distortion")
+KEPT = {
+    "rate_distortion.html": "rate_distortion.html",
+    "rate_distortion.json": "rate_distortion.json",
+    "curves.png": "rate_distortion.png",
+}
 LARGEST = 700_000
 """Bytes of the page, at most."""
 
@@ -33,14 +36,13 @@ def make(data: Path, out: Path) -> None:
     if not pictures.is_dir():
         fetch = [sys.executable, str(HERE.parent / "recipes" / "get_data.py"), "--set", "heldout", str(data)]
         subprocess.run(fetch, check=True)
-    with tempfile.TemporaryDirectory() as folder:
-        command = ["eval", MODEL, "--rate-distortion", "--data", str(pictures), "--out", folder]
-        subprocess.run([sys.executable, "-m", "vistok", *command], check=True)
-        size = (Path(folder) / "rate_distortion.html").stat().st_size
-        if size > LARGEST:
-            raise RuntimeError(f"The page has {size} bytes, more than {LARGEST}.")
-        for name, kept in NAMES.items():
-            shutil.copyfile(Path(folder) / name, out / kept)
+    command = ["eval", MODEL, "--rate-distortion", "--data", str(pictures), "--out", str(WORK), "--overwrite"]
+    subprocess.run([sys.executable, "-m", "vistok", *command], check=True)
+    size = (WORK / "rate_distortion.html").stat().st_size
+    if size > LARGEST:
+        raise RuntimeError(f"The page has {size} bytes, more than {LARGEST}.")
+    for name, kept in KEPT.items():
+        shutil.copyfile(WORK / name, out / kept)
 
 
 if __name__ == "__main__":
