@@ -20,7 +20,7 @@ from tests.plugins import hosts, local
 from vistok.cli import run
 
 REPOSITORY = Path(__file__).parents[1]
-PAGES = ("README.md", "recipes/README.md", "assets/methods.md")
+PAGES = ("README.md", "recipes/README.md", "assets/methods.md", "assets/protocols.md")
 TABLE = re.compile(
     r"<!-- (?P<what>vistok list [^\n]*?|recipes|tiny results) -->\n(?P<table>.*?)<!-- end -->", re.DOTALL
 )

@@ -22,6 +22,7 @@ from PIL import Image
 import vistok
 import vistok.data.base
 import vistok.image
+from tests.data.test_shards import jpeg, write
 from vistok.data.manifest import ManifestError
 from vistok.data.token_shards import id_type
 from vistok.registry import register
@@ -325,6 +326,28 @@ def test_codes_that_a_type_does_not_hold_are_refused(tmp_path):
 def test_bfloat16_in_a_tar_is_refused():
     with pytest.raises(ValueError, match="no bfloat16"):
         Settings(format="webdataset", codes="bfloat16")
+
+
+def test_worker_processes_change_nothing(tmp_path):
+    job(tmp_path / "thread", Colours(broken=(3,)))
+    settings = Settings(shard_size=6)
+    dataset = Colours(broken=(3,))
+    with warnings.catch_warnings(action="ignore"):  # torch counts the cores
+        tokenize(titok(), dataset, tmp_path / "b", data={"name": "toy"}, settings=settings, batch=4, workers=2)
+    assert content(tmp_path / "thread") == content(tmp_path / "b")
+
+
+def test_a_webdataset_becomes_ids_with_captions_and_classes(tmp_path):
+    members = {f"{i}.{end}": data for i in range(3) for end, data in _members(i).items()}
+    write(tmp_path / "s.tar", {**members, "1.jpg": b"no picture"})
+    spec = {"path": str(tmp_path / "s.tar"), "captions": True, "labels": True, "cache": str(tmp_path / "cache")}
+    job(tmp_path / "out", vistok.create("dataset", "webdataset", **spec))
+    samples = [ids(tmp_path / "out").read(i) for i in range(2)]
+    assert [(s.key, s.text, s.label) for s in samples] == [("s.tar:0", "words 0", 0), ("s.tar:2", "words 2", 2)]
+
+
+def _members(i: int) -> dict[str, bytes]:
+    return {"jpg": jpeg(40 * i), "txt": f"words {i}".encode(), "cls": str(i).encode()}
 
 
 def test_captions_go_to_a_tokenizer_that_reads_them(tmp_path):
