@@ -66,21 +66,19 @@ def test_the_loss_falls_and_the_host_stands_still(folder, batch, name):
     assert all(p.grad is None for p in step.host.parameters())
 
 
-def test_the_loss_is_that_of_the_prompt_built_by_hand(folder, batch):
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_loss_is_that_of_all_logits_whatever_side_is_padded(folder, batch, side):
     step = step_of(folder, "token_packer")
-    part = part_of(step, batch)
+    step.processor.tokenizer.padding_side = side
     inputs, labels = step.inputs(batch)
-    with step.plugin.pause(), torch.no_grad():
-        short = step.plugin
-        short.runtime.enabled = True
-        prepared = short.prepare({**inputs, "labels": labels})
-        short.runtime.enabled = False
-        out = step.host(**prepared, use_cache=False)
-        learnt = (prepared["labels"] != -100).sum()
-    assert learnt == (labels != -100).sum()
-    torch.testing.assert_close(out.loss, part.loss.detach(), atol=1e-6, rtol=1e-6)
-    asked = prepared["labels"][:, 1:] != -100
-    right = (out.logits[:, :-1].argmax(-1) == prepared["labels"][:, 1:]) & asked
+    with torch.no_grad():
+        part = part_of(step, batch)
+        out = step.host(**inputs, labels=labels, use_cache=False)
+        short = step.plugin.prepare({**inputs, "labels": labels})["labels"]
+    torch.testing.assert_close(part.loss, out.loss, atol=1e-6, rtol=1e-6)
+    asked = short[:, 1:] != -100
+    right = (out.logits[:, :-1].argmax(-1) == short[:, 1:]) & asked
+    assert asked.sum() == (labels != -100).sum()
     torch.testing.assert_close(part.stats["answers/accuracy"], right.sum() / asked.sum())
 
 

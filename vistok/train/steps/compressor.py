@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from vistok.data.base import Batch
 from vistok.registry import register
 from vistok.train.steps.base import Losses, Part
-from vistok.train.steps.vlm import Vlm, accuracy
+from vistok.train.steps.vlm import Vlm, accuracy, tail_of
 
 
 @register("step", "compressor")
@@ -79,17 +79,22 @@ class TrainCompressor(Vlm):
         losses: Losses = self.helpers["losses"]  # type: ignore[assignment]
         weights = {name: losses.weight(name, step, 0.0) for name in self.own_losses}
         terms, stats = {}, {}
+        short = self.plugin.prepare({**inputs, "labels": labels})
         if weights["answers"]:
-            out = self.host(**inputs, labels=labels, use_cache=False)
-            width = min(labels.shape[1], out.logits.shape[1])
-            stats["answers/accuracy"] = accuracy(out.logits[:, -width:], labels[:, -width:])
-            terms["answers"] = out.loss
-        else:
-            self.plugin.prepare({**inputs, "labels": labels})
+            terms["answers"], stats["answers/accuracy"] = self._answered(short)
         if weights["pooled"]:
             terms["pooled"] = self._pooled()
         total = sum((weights[name] * term for name, term in terms.items()), start=torch.zeros(()).to(labels.device))
         yield Part("model", total, terms, stats, {name: weights[name] for name in terms})
+
+    def _answered(self, short: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Loss and share of answer tokens guessed right, of a prompt that is shortened already."""
+        rest = {name: value for name, value in short.items() if name != "labels"}
+        tail = tail_of(short["labels"])
+        labels = short["labels"][:, -tail:]
+        with self.plugin.pause():
+            out = self.host(**rest, labels=labels, logits_to_keep=tail, use_cache=False)
+        return out.loss, accuracy(out.logits, labels)
 
     def _noted(self, features: Tensor, levels: Tensor, *, grid: tuple[int, ...], text: Tensor | None) -> Tensor:
         """The compressor as the loop has wrapped it; what went in and came out is kept for `pooled`."""

@@ -69,13 +69,11 @@ class Vlm(Step):
             ValueError: The data set gives no conversations.
         """
         inputs, labels = self.inputs(batch)
-        first = int((labels != IGNORED).any(0).nonzero()[0])  # everything before is picture and question
-        tail = labels.shape[1] - first + 1
+        tail = tail_of(labels)
         out = self._forward(inputs, labels, tail)
         losses: Losses = self.helpers["losses"]  # type: ignore[assignment]
         weight = losses.weight("answers", step)
-        width = min(tail, out.logits.shape[1])  # of a shortened prompt nothing is missing behind the picture
-        stats = {"answers/accuracy": accuracy(out.logits[:, -width:], labels[:, -width:])}
+        stats = {} if self.shortened else {"answers/accuracy": accuracy(out.logits, labels[:, -tail:])}
         yield Part("model", weight * out.loss, {"answers": out.loss}, stats, {"answers": weight})
 
     def inputs(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
@@ -158,6 +156,12 @@ def encode(processor: Any, images: Tensor, conversations: Sequence[Sequence[Turn
 
 def _length(processor: Any, text: str) -> int:
     return len(processor.tokenizer(text, add_special_tokens=True)["input_ids"])
+
+
+def tail_of(labels: Tensor) -> int:
+    """Columns from the one in front of the first label of any row on; everything before is picture and question."""
+    first = int((labels != IGNORED).any(0).nonzero()[0])
+    return min(labels.shape[1] - first + 1, labels.shape[1])
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
