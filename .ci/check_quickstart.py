@@ -13,6 +13,7 @@ from pathlib import Path
 LEAST_PSNR = 17.0
 LEAST_GAIN = 1.0  # dB above the same pictures drawn as 8x8 flat cells
 MOST_SECONDS = 240
+MOST_DATA_WAIT = 0.05  # share of the steps' time
 MOST_TOKENS, MOST_BITS, SIZE, HELD_OUT = 128, 12, [128, 128], 8
 
 
@@ -20,12 +21,16 @@ def problems(run: Path, seconds: int) -> list[str]:
     """What is not as promised, in words."""
     wanted = ["tokenizer/model.safetensors", "tokenizer/config.json"]
     wanted += [f"eval/{name}" for name in ("metrics.json", "reconstructions.png", "curves.png", "report.html")]
+    wanted.append("metrics.jsonl")
     missing = [name for name in wanted if not (run / name).is_file()]
     if missing:
         return [f"missing: {', '.join(missing)}"]
     found = json.loads((run / "eval" / "metrics.json").read_text())
     psnr, flat, rate = found["figures"]["psnr"], found["baselines"]["flat_8x8_psnr"], found["rate"]
     print(f"PSNR {psnr:.2f} dB, flat cells {flat:.2f} dB, {rate['tokens_per_picture']:g} tokens, {seconds} s in all")
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    wait = sum(row["data_wait"] for row in rows) / len(rows)
+    print(f"{wait:.2%} of the time was spent waiting for data")
     checks = {
         f"PSNR {psnr:.2f} is below {LEAST_PSNR}": psnr >= LEAST_PSNR,
         f"PSNR {psnr:.2f} is not {LEAST_GAIN} dB above flat cells ({flat:.2f})": psnr >= flat + LEAST_GAIN,
@@ -33,6 +38,7 @@ def problems(run: Path, seconds: int) -> list[str]:
         f"{rate['bits_per_token']:g} bits per token": rate["bits_per_token"] <= MOST_BITS,
         f"pictures of {found['protocol']['preprocess']['size']}": found["protocol"]["preprocess"]["size"] == SIZE,
         f"{found['pictures']} held-out pictures": found["pictures"] == HELD_OUT,
+        f"{wait:.1%} of the time was spent waiting for data, more than {MOST_DATA_WAIT:.0%}": wait <= MOST_DATA_WAIT,
         f"it took {seconds} s, more than {MOST_SECONDS}": seconds <= MOST_SECONDS,
     }
     return [words for words, holds in checks.items() if not holds]
