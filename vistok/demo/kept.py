@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from vistok.compress.method import FeatureMethod
 from vistok.compress.signals import Signals
 from vistok.config import create
 from vistok.image import Preprocess, pil_to_tensor, to_pictures, to_pil
+from vistok.plugins.families.base import family_of
 from vistok.plugins.paint import paint
 from vistok.registry import list_names, registry
 
@@ -138,6 +140,7 @@ class HostKeeper:
     Raises:
         FileNotFoundError: There is no model in it.
         TypeError: No family fits the model.
+        ModuleNotFoundError: transformers is not installed.
 
     Attributes:
         methods: Names of all that this model takes.
@@ -148,12 +151,15 @@ class HostKeeper:
     asks = True
 
     def __init__(self, source: str | Path) -> None:
+        if importlib.util.find_spec("transformers") is None:
+            raise ModuleNotFoundError("A model of one's own needs transformers: pip install 'vistok[demo]'.")
         from vistok.evaluate.vlm import load_host
 
         self.model = load_host(source, "float32")
         from transformers import AutoProcessor
 
         self.processor = AutoProcessor.from_pretrained(source)
+        family_of(self.model)
         self.methods = [name for name in plain_names() if self._takes(name)]
         self.about = f"{type(self.model).__name__} from {source}."
         self._plain: tuple[Any, str] = (None, "")

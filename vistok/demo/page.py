@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -52,15 +53,14 @@ def refuse_taken(port: int) -> None:
             raise OSError(f"Port {port} of this machine cannot be used ({err.strerror}): give another --port.") from err
 
 
-def serve(viewer: Viewer, keeper: Keeper, *, port: int, share: bool = False, block: bool = True) -> str:
-    """Show the page on this machine; its address.
+def serve(viewer: Viewer, keeper: Keeper, *, port: int, share: bool = False) -> None:
+    """Show the page on this machine until Ctrl-C.
 
     Args:
         viewer: The tokenizer of the first tab.
         keeper: What the second tab paints with.
         port: Of 127.0.0.1.
         share: Also through Gradio's public tunnel.
-        block: Stay until Ctrl-C.
 
     Raises:
         GradioMissing: Gradio is not installed.
@@ -84,11 +84,8 @@ def serve(viewer: Viewer, keeper: Keeper, *, port: int, share: bool = False, blo
         max_file_size="64mb",
         _frontend=False,  # else Gradio gives up where the page does not answer within three seconds
     )
-    found = str(shared or address)
-    if block:
-        print(f"vistok demo: {found}  (Ctrl-C ends it)", flush=True)
-        page.block_thread()
-    return found
+    print(f"vistok demo: {shared or address}  (Ctrl-C ends it)", flush=True)
+    page.block_thread()
 
 
 def build(gr: Any, viewer: Viewer, keeper: Keeper) -> Any:
@@ -105,7 +102,7 @@ def build(gr: Any, viewer: Viewer, keeper: Keeper) -> Any:
     with gr.Blocks(title="vistok demo", analytics_enabled=False, fill_width=True) as page:
         gr.HTML(
             f'<div id="vt-head"><h1><span>vistok</span> &nbsp;How few tokens does a picture need?</h1>'
-            f"<p><code>{viewer.name}</code> &middot; {viewer.facts}</p></div>"
+            f"<p><code>{escape(viewer.name)}</code> &middot; {escape(viewer.facts)}</p></div>"
         )
         with gr.Tab("Tokens and bytes"):
             _tokens_tab(gr, page, viewer)
