@@ -66,6 +66,11 @@ def test_codebooks_stay_bit_equal_over_fifty_uneven_steps(ranks, kind):
     assert any(not torch.equal(first[k], start[k]) for k in first)
 
 
+def test_codes_were_revived_on_both_processes_within_the_fifty_steps(ranks):
+    # 64 codes, at most 60 tokens a step, threshold 1: without revival no step leaves every average at 1 or more
+    assert all((r["vq_ema"]["cluster_size"] >= 1).all() for r in ranks)
+
+
 def test_uneven_batches_are_through_within_a_minute(ranks):
     assert max(r["seconds"] for r in ranks) < 60
 
