@@ -368,6 +368,26 @@ def test_pictures_of_their_own_size_are_refused(tmp_path):
         job(tmp_path, tokenizer=tokenizer)
 
 
+TINY = [name for name in vistok.list("tokenizer") if name.endswith("_tiny")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TINY)
+def test_tokens_of_every_tokenizer_come_back(tmp_path, name):
+    torch.manual_seed(0)
+    tokenizer = vistok.create("tokenizer", name).eval()
+    job(tmp_path, Colours(3), tokenizer, batch=3, views=Views(augment="flip"))
+    found = ids(tmp_path, verify=True, model_id=tokenizer.model_id).read(2).tokens
+    text = {"text": "noise 2"} if "text" in tokenizer.options else {}
+    want = tokenizer.encode(Colours().read(2).picture, **text)
+    assert (found.vocab, found.grid, found.size) == (want.vocab, want.grid, want.size)
+    if want.ids is not None:
+        assert torch.equal(found.ids[:1], want.ids)
+    else:
+        torch.testing.assert_close(found.codes[:1], want.codes, rtol=1e-3, atol=1e-3)
+    tokenizer.check_tokens(found)
+
+
 def work(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     torch.set_num_threads(1)

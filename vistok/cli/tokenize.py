@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import timedelta
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +16,10 @@ from vistok.cli.runs import bench, write_json
 
 if TYPE_CHECKING:
     from vistok.tokenize.job import TokenizeResult
+
+
+PATIENCE = timedelta(days=1)
+"""Processes meet when all shards are made; on a CPU the last shard alone may take an hour."""
 
 
 class Format(str, Enum):
@@ -79,7 +84,7 @@ def tokenize(
     dataset = create("dataset", **spec)
     first = True
     if launch.is_one_of_several():
-        state = launch.join()
+        state = launch.join(PATIENCE)
         device, first = str(state.device), state.is_main_process
     settings = Settings(
         views=Views(augment=augment.value, enlarge=enlarge),

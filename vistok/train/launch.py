@@ -6,6 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -41,13 +42,18 @@ def start_missing_processes(module: str = "vistok") -> None:
         os.execv(sys.executable, [sys.executable, *runner, *sys.argv[1:]])
 
 
-def join() -> PartialState:
-    """Join the other processes, if there are any: Accelerate's state, with the device and the rank of this one."""
+def join(patience: timedelta | None = None) -> PartialState:
+    """Join the other processes, if there are any: Accelerate's state, with the device and the rank of this one.
+
+    Args:
+        patience: How long a process waits for the others; torch's own time (10 to 30 minutes) if None.
+    """
     import torch
     from accelerate.state import PartialState
     from accelerate.utils import parse_flag_from_env
 
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    return PartialState(cpu=on_cpu, **({"timeout": patience} if patience is not None else {}))
 
 
 def is_one_of_several() -> bool:
