@@ -29,7 +29,9 @@ from vistok.evaluate.vlm import (
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-DEFAULT = ("random", "pool", "downsample", "fastv", "pyramiddrop", "sparsevlm", "transprune", "mustdrop")
+BASELINES = ("random", "pool", "downsample")
+IN_MODEL = ("fastv", "pyramiddrop", "sparsevlm", "sparsevlm_plus", "transprune", "mustdrop", "snapkv", "h2o")
+DEFAULT = (*BASELINES, *IN_MODEL)
 BUDGETS = (0.5, 0.25, 0.11)
 LONGEST = 5
 """Tokens of the longest answer, its end included."""
