@@ -38,6 +38,13 @@ def test_lr_scale_slows_named_parameters():
     assert sorted({g["lr"] for g in optimizer.param_groups}) == [0.1, 0.5]
 
 
+def test_lr_scale_may_name_what_is_frozen():
+    net = network()
+    optim.freeze(net, ("0.*",))
+    optimizer = optim.AdamW(lr=1.0, lr_scale={"0.*": 0.2}).build(net)
+    assert [group["scale"] for group in optimizer.param_groups] == [1.0] * len(optimizer.param_groups)
+
+
 def test_lr_scale_of_nothing_is_refused():
     with pytest.raises(ValueError, match=r"optim\.lr_scale.*'encoder\.\*'.*Names look like '0\.weight'"):
         optim.AdamW(lr=1.0, lr_scale={"encoder.*": 0.2}).build(network())

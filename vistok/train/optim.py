@@ -81,8 +81,8 @@ class Optimizer:
         if not named:
             raise ValueError("Nothing is left to train: every parameter is frozen. Check train.freeze.")
         for pattern in self.lr_scale:
-            if not any(fnmatch.fnmatch(name, pattern) for name, _ in named):
-                raise ValueError(f"optim.lr_scale: no trained parameter is called {pattern!r}. {_examples(named)}")
+            if not any(fnmatch.fnmatch(name, pattern) for name, _ in module.named_parameters()):  # frozen ones as well
+                raise ValueError(f"optim.lr_scale: no parameter is called {pattern!r}. {_examples(named)}")
         return named
 
 
