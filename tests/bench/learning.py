@@ -7,7 +7,10 @@
 Trains `recipes/titok/tiny_single.yaml` for 300 steps from stated seeds, with LPIPS from step 200 and the discriminator
 from step 250, and measures the held-out photographs. Exit code 1 if the mean of a figure over the seeds became worse by
 more than the spread between seeds that was seen when the figures were stored: a change that hurts learning shows in
-one command. A few minutes of one CPU core.
+one command. 200 seconds of one CPU core.
+
+After 300 steps the model is on its first plateau: a setting that fails to learn is told apart, a learning rate four
+times lower is not (12.17 dB with seed 0, measured 2026-11-26). Subtler changes want more `STEPS`.
 """
 
 from __future__ import annotations
