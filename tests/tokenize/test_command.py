@@ -14,6 +14,7 @@ import torch
 
 import vistok
 from tests.test_cli import REPOSITORY, failed, ran
+from tests.train.test_processes import free_port
 from vistok.cli.tokenize import data_spec
 
 
@@ -92,7 +93,9 @@ def test_the_path_tells_the_kind_of_data_set(tmp_path: Path) -> None:
 def test_accelerate_launch_writes_what_one_process_writes(model: str, tmp_path: Path) -> None:
     words = ["tokenize", model, "name=photos", "--shard-size", "5", "--augment", "flip"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "vistok"]
+    port = ["--main_process_port", str(free_port())]  # another test may hold the usual one
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", *port]
+    launcher += ["-m", "vistok"]
     for start, name in ((launcher, "two"), ([sys.executable, "-m", "vistok"], "one")):
         command = [*start, *words, "--out", str(tmp_path / name)]
         done = subprocess.run(command, env=env, cwd=REPOSITORY, capture_output=True, text=True, timeout=180)
