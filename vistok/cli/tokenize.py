@@ -104,8 +104,6 @@ def tokenize(
         workers=workers,
         source=model,
     )
-    if launch.is_one_of_several():
-        state.destroy_process_group()  # at the interpreter's end its threads may abort the process
 
 
 def _run(tokenizer: Any, dataset: Any, out: Path, *, first: bool, **options: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 import warnings
@@ -45,6 +46,9 @@ def start_missing_processes(module: str = "vistok") -> None:
 def join(patience: timedelta | None = None) -> PartialState:
     """Join the other processes, if there are any: Accelerate's state, with the device and the rank of this one.
 
+    They are left again before the interpreter takes itself apart: the threads of a group that is still there then may
+    abort a finished job.
+
     Args:
         patience: How long a process waits for the others; torch's own time (10 to 30 minutes) if None.
     """
@@ -53,7 +57,16 @@ def join(patience: timedelta | None = None) -> PartialState:
     from accelerate.utils import parse_flag_from_env
 
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    return PartialState(cpu=on_cpu, **({"timeout": patience} if patience is not None else {}))
+    state = PartialState(cpu=on_cpu, **({"timeout": patience} if patience is not None else {}))
+    atexit.register(_leave)
+    return state
+
+
+def _leave() -> None:
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def is_one_of_several() -> bool:
