@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import fnmatch
 import json
 import os
 from pathlib import Path
@@ -295,3 +296,19 @@ def test_a_failed_write_leaves_the_old_content_and_no_litter(tmp_path: Path, mon
     with pytest.raises(OSError, match="no space left"):
         hub.write_atomic(tmp_path / "a", b"new")
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("a", b"old")]
+
+
+@pytest.mark.parametrize(("held", "calls"), [("model.safetensors", 1), ("tokenizer.ckpt", 2)])
+def test_other_weights_are_fetched_only_where_there_are_no_safetensors(tmp_path, monkeypatch, held, calls):
+    asked = []
+
+    def snapshot_download(repo, allow_patterns):
+        asked.append(allow_patterns)
+        if any(fnmatch.fnmatch(held, pattern) for pattern in allow_patterns):
+            (tmp_path / held).touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert hub.locate("hf-hub:org/name") == tmp_path
+    assert (tmp_path / held).is_file()
+    assert len(asked) == calls

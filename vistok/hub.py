@@ -25,6 +25,9 @@ CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 FORMAT = "vistok"
 HUB_PREFIX = "hf-hub:"
+FETCHED = ("*.json", "*.safetensors", "prior.npz")
+"""What is fetched of a hub repository; where that brings no weights, the next ones too."""
+FETCHED_OF_PROJECTS = ("*.yaml", "*.yml", "*.pt", "*.pth", "*.ckpt", "*.bin")
 KEPT = ("tokenizer", "compressor")
 """Kinds whose modules are kept in folders."""
 
@@ -285,7 +288,10 @@ def locate(source: str | Path) -> Path:
 
         repo = text.removeprefix(HUB_PREFIX)
         try:
-            return Path(snapshot_download(repo, allow_patterns=["*.json", "*.safetensors", "prior.npz"]))
+            folder = Path(snapshot_download(repo, allow_patterns=list(FETCHED)))
+            if not any(folder.glob("*.safetensors")):
+                folder = Path(snapshot_download(repo, allow_patterns=[*FETCHED, *FETCHED_OF_PROJECTS]))
+            return folder
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as err:
             raise LoadError(f"{repo!r} could not be fetched from the hub and is not in its cache: {err}") from err
     path = Path(source)
