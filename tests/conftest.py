@@ -18,6 +18,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads sleep: se
 import numpy as np
 import pytest
 import torch
+from PIL import ImageFile
 
 HERE = Path(__file__).parent
 PHOTOS = HERE.parent / "vistok" / "data" / "photos"
@@ -42,6 +43,12 @@ class Golden:
         from tests.fill import fill
 
         return {k: torch.from_numpy(np.asarray(fill(k, tuple(s)))) for k, s in self.meta["state_dict"]}
+
+
+@pytest.fixture(autouse=True)
+def cut_off_pictures_are_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow's own setting; lmms-eval changes it for the whole process when it is imported."""
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", False)
 
 
 @pytest.fixture
