@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vistok.config import Of, Spec, create
-from vistok.image import Preprocess
+from vistok.hub import load_strictly
+from vistok.image import Preprocess, to_tensor
 from vistok.layers.attention import float32_linear
 from vistok.layers.position import resize_table
 from vistok.layers.qformer import QFormer
@@ -18,6 +20,7 @@ from vistok.layers.transformer import Size, Transformer
 from vistok.quantizers.base import Quantizer
 from vistok.registry import preset, register
 from vistok.tokenizers.base import Tokenizer, TokenizerOutput
+from vistok.tokenizers.seed_text import TextBranch, TextBranchSize
 from vistok.tokens import Tokens
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -60,6 +63,15 @@ def eva_tower(size: VisionSize, image_size: tuple[int, int]) -> nn.Module:
         use_post_transformer_norm=False,
         use_fc_norm=False,
     )
+
+
+class Float32Norm(nn.LayerNorm):
+    """Layer norm in float32 whatever the precision around it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, D) -> float32, (B, N, D)."""
+        with torch.autocast(x.device.type, enabled=False):
+            return F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
 
 
 class CodeTransformer(nn.Module):
@@ -113,7 +125,9 @@ class SEED(Tokenizer):
     tokenizer's own processor bicubically, which gives other ids; ours is the transform's.
 
     `forward` gives no pictures but, for `train/steps/seed`, `extras`: `causal` (B, N, D), the embeddings before
-    quantising; `rebuilt` (B, N, D), their reconstruction from the codes; `embedding` (B, E).
+    quantising; `rebuilt` (B, N, D), their reconstruction from the codes; `embedding` (B, E). With `captions`, for
+    `train/steps/seed_contrastive`, nothing is quantised and `extras` are `picture` and `text` (B, C), features to be
+    compared, and `temperature` (1,).
 
     Args:
         image_size: Side in pixels, or (H, W); multiples of the patch size.
@@ -126,16 +140,21 @@ class SEED(Tokenizer):
         detokenizer: `mlp` (published weights) or `qformer` (released training code).
         is_causal: Tokens depend on earlier ones only.
         quantizer: Any registered quantizer that needs no grid.
+        text_branch: What reads captions in training stage I; None for a SEED that is past it.
         pipeline: Folder or hub id of a diffusers unCLIP pipeline, loaded when it is first needed.
 
     Example:
         >>> tok = vistok.load("seed_2.ailab_cvc")
         >>> ids = tok.encode("photo.jpg").ids                              # (1, 32)
         >>> picture = tok.decode(ids, steps=20, guidance=10.0)             # (1, 3, 768, 768)
+
+    Attributes:
+        second_stage: Submodules that training stage I neither has nor needs.
     """
 
+    second_stage: ClassVar[tuple[str, ...]] = ("to_code", "quantizer", "from_code", "rebuild", "detokenize", "head")
     options = frozenset({"size", "generator", "steps", "guidance"})
-    decoder_parts = ("from_code", "rebuild", "detokenize", "head")
+    decoder_parts = ("from_code", "rebuild", "detokenize", "head", "text_branch")
 
     def __init__(
         self,
@@ -150,6 +169,7 @@ class SEED(Tokenizer):
         detokenizer: Detokenizer = "mlp",
         is_causal: bool = True,
         quantizer: Annotated[Spec, Of("quantizer")],
+        text_branch: TextBranchSize | None = None,
         pipeline: str | None = None,
     ) -> None:
         super().__init__()
@@ -166,9 +186,10 @@ class SEED(Tokenizer):
         self.register_buffer("mean", torch.tensor(CLIP_MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(CLIP_STD).view(1, 3, 1, 1), persistent=False)
         self.vision = eva_tower(tower, (height, width))
-        self.norm_vision = nn.LayerNorm(tower.width)
+        self.norm_vision = Float32Norm(tower.width)
         self.queries = nn.Parameter(torch.randn(num_tokens, size.width) * 0.02)
-        self.qformer = QFormer(size.width, size.depth, size.heads, tower.width, is_causal=is_causal)
+        dropout = 0.0 if text_branch is None else text_branch.dropout
+        self.qformer = QFormer(size.width, size.depth, size.heads, tower.width, is_causal=is_causal, dropout=dropout)
         wide, dim = size.width, self.quantizer.dim
         self.to_code = nn.Sequential(nn.Linear(wide, wide), nn.Tanh(), nn.Linear(wide, self.quantizer.in_dim))
         self.from_code = nn.Sequential(nn.Linear(dim, dim), nn.Tanh(), nn.Linear(dim, wide))
@@ -178,14 +199,12 @@ class SEED(Tokenizer):
             self.head: nn.Module = MLPHead(num_tokens, wide, embedding_dim)
         else:
             self.head = QFormerHead(wide, size.depth, size.heads, embedding_dim)
+        self.text_branch = None if text_branch is None else TextBranch(text_branch, size.width, size.depth)
 
     def visual_features(self, images: Tensor) -> Tensor:
         """Pictures in [0, 1], (B, 3, H, W) -> normalised features of class token and patches, (B, 1 + h * w, C)."""
         x = ((images - self.mean) / self.std).to(self.queries.dtype)
-        features = self.vision.forward_features(x)  # type: ignore[operator]
-        norm = self.norm_vision
-        with torch.autocast(images.device.type, enabled=False):
-            return F.layer_norm(features.float(), norm.normalized_shape, norm.weight.float(), norm.bias.float())
+        return self.norm_vision(self.vision.forward_features(x))  # type: ignore[operator]
 
     def causal_embeddings(self, features: Tensor) -> Tensor:
         """Visual features (B, M, C) -> embeddings in causal order, (B, N, D)."""
@@ -209,11 +228,30 @@ class SEED(Tokenizer):
         """Codes (B, N, quantizer.dim) -> image embedding (B, E)."""
         return self.head(self.detokenize(self.from_code(codes.to(self.queries.dtype))))
 
-    def forward(self, images: Tensor, *, generator: torch.Generator | None = None) -> TokenizerOutput:
-        """Encode, quantise and decode to embeddings for training; see the class for `extras`."""
+    @torch.no_grad()
+    def similarity(self, images: Any, captions: Sequence[str]) -> Tensor:
+        """Cosines of pictures, as `encode` takes them, and captions, (B, T).
+
+        Raises:
+            ValueError: A model without a text branch.
+        """
+        batch = to_tensor(images, self.preprocess).to(self.device)
+        branch = self._branch()
+        return branch.pictures(self.causal_embeddings(self.visual_features(batch))) @ branch(self.qformer, captions).T
+
+    def forward(
+        self, images: Tensor, *, captions: Sequence[str] | None = None, generator: torch.Generator | None = None
+    ) -> TokenizerOutput:
+        """Encode, quantise and decode to embeddings for training; see the class for `extras` and `captions`."""
         causal = self.causal_embeddings(self.visual_features(images))
-        quantized = self.quantizer(self.project(causal), generator=generator)
         size = (images.shape[-2], images.shape[-1])
+        if captions is not None:
+            branch = self._branch()
+            features = {"picture": branch.pictures(causal), "text": branch(self.qformer, captions)}
+            features["temperature"] = branch.temperature.clone()
+            tokens = Tokens(ids=None, codes=causal, size=size)
+            return TokenizerOutput(images=None, tokens=tokens, quantized=None, extras=features)
+        quantized = self.quantizer(self.project(causal), generator=generator)
         tokens = Tokens(ids=quantized.ids, codes=quantized.codes, vocab=self.quantizer.vocab_sizes, size=size)
         decoded = self.from_code(quantized.codes.to(self.queries.dtype))
         extras = {
@@ -222,6 +260,22 @@ class SEED(Tokenizer):
             "embedding": self.head(self.detokenize(decoded)),
         }
         return TokenizerOutput(images=None, tokens=tokens, quantized=quantized, extras=extras)
+
+    def start_from(self, other: Tokenizer, source: str) -> None:
+        """Take another model's weights; the text branch of stage I is dropped by a model without one.
+
+        Raises:
+            LoadError: Weights that do not fit.
+        """
+        state = other.state_dict()
+        if self.text_branch is None:
+            state = {k: v for k, v in state.items() if not k.startswith("text_branch.")}
+        load_strictly(self, state, source)
+
+    def _branch(self) -> TextBranch:
+        if self.text_branch is None:
+            raise ValueError("This SEED reads no captions: it has no text branch. Build it with text_branch={...}.")
+        return self.text_branch
 
     # -- pictures ------------------------------------------------------------------------------------------------
 

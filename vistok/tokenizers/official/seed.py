@@ -1,15 +1,18 @@
-"""SEED's own tokenizer checkpoints (AILab-CVC/SEED, `seed_quantizer.pt`) and its preset."""
+"""SEED's own tokenizer checkpoints (AILab-CVC/SEED, `seed_quantizer.pt`), its preset, and BLIP-2, where it begins."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from vistok.hub import LoadError
+from vistok.hub import LoadError, load_strictly
 from vistok.registry import Weights, preset
 from vistok.tokenizers.official import FORMATS, Converted, Format, Rules, rename
+from vistok.tokenizers.seed import SEED
+from vistok.unpickle import UnreadableError, read_tensors
 
 RULES: Rules = (
     (r"^visual_encoder\.", "vision."),
@@ -37,6 +40,16 @@ RULES: Rules = (
     (r"^image_down\.", "head.down."),
     (r"^distill_image_proj\.", "head.proj."),
 )
+TEXT_RULES: Rules = (
+    (r"^Qformer\.bert\.embeddings\.(word|position)_embeddings\.", r"text_branch.\1s."),
+    (r"^Qformer\.bert\.encoder\.layer\.(\d+)\.intermediate\.dense\.", r"text_branch.layers.\1.fc1."),
+    (r"^Qformer\.bert\.encoder\.layer\.(\d+)\.output\.dense\.", r"text_branch.layers.\1.fc2."),
+    (r"^Qformer\.bert\.encoder\.layer\.(\d+)\.output\.LayerNorm\.", r"text_branch.layers.\1.norm."),
+    (r"^text_proj\.", "text_branch.proj."),
+    (r"^vision_proj\.", "text_branch.picture_proj."),
+    (r"^temp$", "text_branch.temperature"),
+)
+"""Names of the text branch, in checkpoints of BLIP-2's and SEED's first stages."""
 UNUSED = ("embeddings.position_ids", "embeddings.word_embeddings.weight", "embeddings.position_embeddings.weight")
 
 
@@ -83,6 +96,40 @@ def convert(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Convert
     kept = {k: v for k, v in tensors.items() if not k.endswith(UNUSED)}
     flat = ("query_tokens", "pos_embed", "pos_embed_image", "reverse_tokens")
     return "seed", ours, rename({k: v[0] if k in flat else v for k, v in kept.items()}, RULES)
+
+
+def start_from_blip_2(model: SEED, files: Sequence[str | Path]) -> None:
+    """Put weights of a first stage of BLIP-2, as LAVIS saves them, into a SEED with a text branch.
+
+    Stage I of SEED starts from `blip2_pretrained.pth`, which has no vision tower, and `eva_vit_g.pth`, which is one.
+    The heads for matching and captioning are dropped, and what a tower has beyond the blocks in use; everything else
+    has to fit. Checkpoints of SEED's own stage I have the same names. Parts of stage II keep what they hold.
+
+    Args:
+        model: A SEED with a text branch of BLIP-2's sizes.
+        files: Weight files that hold all of it together.
+
+    Raises:
+        LoadError: A file that cannot be read, or weights that do not fit.
+    """
+    found: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            tensors = read_tensors(file)
+        except (UnreadableError, OSError) as err:
+            raise LoadError(f"train.step.blip_2: {file} cannot be read: {err}") from err
+        prefix = "visual_encoder." if "patch_embed.proj.weight" in tensors else ""
+        found |= {f"{prefix}{k}": v for k, v in tensors.items()}
+    heads = ("Qformer.cls.", "itm_head.")
+    kept = {k: v for k, v in found.items() if not (k.startswith(heads) or k.endswith(".position_ids"))}
+    named = rename(kept, (*TEXT_RULES, *RULES))
+    own = model.state_dict()
+    for key, shape in (("queries", (-1, own["queries"].shape[-1])), ("text_branch.temperature", (1,))):
+        if key in named:
+            named[key] = named[key].reshape(shape)
+    later = {k: v for k, v in own.items() if k.split(".")[0] in model.second_stage}
+    fitting = {k: v for k, v in named.items() if k in own or not k.startswith("vision.")}
+    load_strictly(model, later | fitting, ", ".join(str(file) for file in files))
 
 
 def _heads(config: Mapping[str, Any], key: str, width: int, published: int) -> int:
