@@ -143,13 +143,13 @@ class SEED(Tokenizer):
         text_branch: What reads captions in training stage I; None for a SEED that is past it.
         pipeline: Folder or hub id of a diffusers unCLIP pipeline, loaded when it is first needed.
 
+    Attributes:
+        second_stage: Submodules that training stage I neither has nor needs.
+
     Example:
         >>> tok = vistok.load("seed_2.ailab_cvc")
         >>> ids = tok.encode("photo.jpg").ids                              # (1, 32)
         >>> picture = tok.decode(ids, steps=20, guidance=10.0)             # (1, 3, 768, 768)
-
-    Attributes:
-        second_stage: Submodules that training stage I neither has nor needs.
     """
 
     second_stage: ClassVar[tuple[str, ...]] = ("to_code", "quantizer", "from_code", "rebuild", "detokenize", "head")
@@ -229,15 +229,15 @@ class SEED(Tokenizer):
         return self.head(self.detokenize(self.from_code(codes.to(self.queries.dtype))))
 
     @torch.no_grad()
-    def similarity(self, images: Any, captions: Sequence[str]) -> Tensor:
+    def similarity(self, images: Any, captions: str | Sequence[str]) -> Tensor:
         """Cosines of pictures, as `encode` takes them, and captions, (B, T).
 
         Raises:
             ValueError: A model without a text branch.
         """
         batch = to_tensor(images, self.preprocess).to(self.device)
-        branch = self._branch()
-        return branch.pictures(self.causal_embeddings(self.visual_features(batch))) @ branch(self.qformer, captions).T
+        branch, texts = self._branch(), [captions] if isinstance(captions, str) else captions
+        return branch.pictures(self.causal_embeddings(self.visual_features(batch))) @ branch(self.qformer, texts).T
 
     def forward(
         self, images: Tensor, *, captions: Sequence[str] | None = None, generator: torch.Generator | None = None
