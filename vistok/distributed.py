@@ -7,11 +7,14 @@ processes with unequal (even empty) batches stay in step.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+Result = TypeVar("Result")
 
 
 def world_size() -> int:
@@ -51,6 +54,28 @@ def all_objects(x: Any) -> list[Any]:
     found: list[Any] = [None] * world_size()
     dist.all_gather_object(found, x)
     return found
+
+
+def of_first(call: Callable[[], Result]) -> Result:
+    """The result of a call that only process 0 makes, on every process; so is its error.
+
+    Raises:
+        RuntimeError: On the other processes, with what was raised on process 0; there the error itself.
+    """
+    found: Any = None
+    problem: Exception | None = None
+    if rank() == 0:
+        try:
+            found = call()
+        except Exception as err:  # raised below, after the others have heard of it
+            problem = err
+    found, said = all_objects((found, None if problem is None else str(problem)))[0]
+    if problem is not None:
+        raise problem
+    if said is not None:
+        raise RuntimeError(f"The first process failed: {said}")
+    result: Result = found
+    return result
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vistok.image import PictureError, to_pil
+from vistok.image import PictureError, save_png, to_pil
 from vistok.tokens import Tokens
 
 if TYPE_CHECKING:
@@ -138,6 +138,35 @@ def captions_of(dataset: Dataset) -> dict[Path, str] | None:
     if not files or dataset.read(0).text is None:
         return None
     return {file: dataset.read(i).text or "" for i, file in enumerate(files)}
+
+
+def write_files(dataset: Dataset, folder: Path) -> tuple[list[Path], dict[Path, str] | None, dict[str, str]]:
+    """Write the pictures of a data set that has no files (shards, tables) as PNG files, `00000000.png` and so on.
+
+    Args:
+        dataset: Any data set of pictures.
+        folder: Where to; pictures that it holds already are removed first.
+
+    Returns:
+        The files in order, the caption of each (None if the data set has none), and name -> reason of every sample that
+        cannot be read.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("*.png"):
+        old.unlink()
+    texts: dict[Path, str | None] = {}
+    broken = {}
+    for index in range(len(dataset)):
+        try:
+            sample = dataset.read(index)
+        except (OSError, ValueError) as err:
+            broken[dataset.name(index)] = " ".join(str(err).split())
+            continue
+        file = folder / f"{index:08d}.png"
+        save_png(sample.picture, file)
+        texts[file] = sample.text
+    has_text = any(text is not None for text in texts.values())
+    return list(texts), {file: text or "" for file, text in texts.items()} if has_text else None, broken
 
 
 def decode(data: bytes, name: str) -> Image:

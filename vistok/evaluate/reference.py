@@ -11,14 +11,13 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from vistok.config import plain
-from vistok.distributed import all_objects, rank
+from vistok.distributed import all_objects, of_first, rank
 from vistok.evaluate import protocol
 from vistok.evaluate.distribution import FrechetMetric
 from vistok.evaluate.fid import Moments, read_statistics, save_statistics
@@ -147,22 +146,5 @@ def use(metrics: Mapping[str, Metric], source: Path | None, preprocess: Preproce
         return
     for metric in metrics.values():
         if isinstance(metric, FrechetMetric):
-            moments = _first(lambda m=metric: of_folder(m, source, preprocess, device))
+            moments = of_first(lambda m=metric: of_folder(m, source, preprocess, device))
             metric.reference, metric.reference_name = moments, f"the pictures of {source}"
-
-
-def _first(call: Callable[[], Any]) -> Any:
-    """The result of a call in the first process, in all of them."""
-    found: Any = None
-    problem: Exception | None = None
-    if rank() == 0:
-        try:
-            found = call()
-        except Exception as err:  # raised below, after the others have heard of it
-            problem = err
-    found, said = all_objects((found, None if problem is None else str(problem)))[0]
-    if problem is not None:
-        raise problem
-    if said is not None:
-        raise RuntimeError(f"The first process failed: {said}")
-    return found

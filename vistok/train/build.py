@@ -104,7 +104,11 @@ def start(recipe: Recipe) -> Run:
     dataset = create("dataset", **recipe.data)
     torch.manual_seed(config.seed)
     task: Step = create("step", **config.step)
-    _refuse_other_data(recipe, task, dataset)
+    _refuse_other_data(f"data.name: the step {task.registry_name!r}", task.reads, recipe.data, dataset)
+    if recipe.eval.data is not None:  # built now, so that a wrong path is told before the training, not after it
+        _refuse_other_data(
+            "eval.data.name: an evaluation", "pictures", recipe.eval.data, create("dataset", **recipe.eval.data)
+        )
     task.setup(_model(recipe, task), Losses(recipe.losses))
     frozen = optim.freeze(task.trained[task.parts[0]], config.freeze)
     optimizers = {name: recipe.optims[name].build(module) for name, module in task.trained.items()}
@@ -252,15 +256,12 @@ def _refuse_unsharded(recipe: Recipe, sharded: bool) -> None:
         raise ConfigError(f"{', '.join(named)}: not together with FSDP. Leave it out, or start without --use_fsdp.")
 
 
-def _refuse_other_data(recipe: Recipe, task: Step, dataset: Dataset | TokenDataset) -> None:
-    """Refuse tokens for a step that reads pictures, and the other way round."""
+def _refuse_other_data(who: str, reads: str, spec: Mapping[str, Any], dataset: Dataset | TokenDataset) -> None:
+    """Refuse tokens for what reads pictures, and the other way round."""
     given = "tokens" if isinstance(dataset, TokenDataset) else "pictures"
-    if given != task.reads:
-        wanted = "name: ids and the folder of vistok tokenize" if task.reads == "tokens" else "e.g. name: folder"
-        raise ConfigError(
-            f"data.name: the step {task.registry_name!r} reads {task.reads}, and {recipe.data['name']!r} gives "
-            f"{given}: give {wanted}."
-        )
+    if given != reads:
+        wanted = "name: ids and the folder of vistok tokenize" if reads == "tokens" else "e.g. name: folder"
+        raise ConfigError(f"{who} reads {reads}, and {spec['name']!r} gives {given}: give {wanted}.")
 
 
 def accumulation(config: TrainConfig, processes: int) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +13,16 @@ from torch import nn
 
 from vistok import hub
 from vistok.config import create
-from vistok.data.base import captions_of, files_of
+from vistok.data.base import Dataset, captions_of, files_of, write_files
+from vistok.distributed import of_first
 from vistok.train import checkpoint, sharding
 from vistok.train.build import Run
 from vistok.train.log import METRICS, Log, clock, history
 
 Reason = Literal["done", "time", "signal"]
 EVALUATION = "eval"
+PICTURES = "pictures"
+"""Folder in the evaluation's, for held-out pictures that were no files."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,10 +74,8 @@ def evaluate(run: Run, folder: Path, command: str) -> dict[str, float]:
         return {}
     from vistok.evaluate import run as evaluation
 
-    dataset = create("dataset", **config.data)
-    pictures = files_of(dataset)
-    assert pictures is not None
     reads_text = "text" in getattr(run.model, "options", ())
+    pictures, captions = _held_out(run, create("dataset", **config.data), reads_text)
     with final_model(run) as model:
         result = evaluation.evaluate(
             model,
@@ -83,11 +85,27 @@ def evaluate(run: Run, folder: Path, command: str) -> dict[str, float]:
             batch=config.batch,
             lengths=config.lengths,
             command=command,
-            text=captions_of(dataset) if reads_text else None,
+            text=captions,
             history=history(run.out / METRICS),
         )
     run.accelerator.wait_for_everyone()
     return {**result.figures, **result.baselines}
+
+
+def _held_out(run: Run, dataset: Dataset, reads_text: bool) -> tuple[Sequence[Path], dict[Path, str] | None]:
+    """Files of the held-out pictures, and their captions for a model that reads them.
+
+    Pictures that are no files (shards, tables, drawings) become some in the run's folder, so that figures name files
+    that anybody can measure again.
+    """
+    files = files_of(dataset)
+    if files is not None:
+        return files, captions_of(dataset) if reads_text else None
+    files, captions, broken = of_first(lambda: write_files(dataset, run.out / EVALUATION / PICTURES))
+    if broken and run.accelerator.is_main_process:
+        name, why = next(iter(broken.items()))
+        warnings.warn(f"eval.data: {len(broken)} pictures were skipped, e.g. {name}: {why}", stacklevel=2)
+    return files, captions if reads_text else None
 
 
 @contextmanager
@@ -153,6 +171,7 @@ def written(out: Path, kind: str = "tokenizer") -> dict[Path, str]:
         out / EVALUATION / "curves.png": "losses and rates over the training",
         out / EVALUATION / "metrics.json": "held-out figures and what they depend on",
         out / EVALUATION / "pictures.jsonl": "the figures of each picture",
+        out / EVALUATION / PICTURES: "the held-out pictures as files",
     }
     return {path: words for path, words in {**report, **known, **newest}.items() if path.exists()}
 
