@@ -7,7 +7,7 @@ from PIL import Image
 
 import vistok
 from vistok.config import ConfigError
-from vistok.data.base import Dataset, files_of, fingerprint
+from vistok.data.base import Dataset, captions_of, files_of, fingerprint
 from vistok.data.bundled import HELD_OUT
 
 
@@ -43,6 +43,14 @@ def test_patterns_and_lists_are_joined_without_repeats(folder):
 def test_captions_lie_beside_and_may_be_absent(folder):
     data = folder_set(folder, captions=True)
     assert [data.read(i).text for i in range(3)] == ["a cat", "", ""]
+
+
+def test_a_broken_picture_does_not_hide_the_captions_of_the_others(folder):
+    (folder / "a" / "cat1.png").write_bytes(b"no picture")
+    (folder / "a" / "cat2.txt").write_text("another cat")
+    found = captions_of(folder_set(folder, captions=True))
+    assert {file.name: text for file, text in found.items()} == {"cat2.png": "another cat", "dog1.png": ""}
+    assert captions_of(folder_set(folder)) is None
 
 
 def test_captions_without_any_file_are_refused(folder):

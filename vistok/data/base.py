@@ -133,11 +133,17 @@ def files_of(dataset: Dataset) -> Sequence[Path] | None:
 
 
 def captions_of(dataset: Dataset) -> dict[Path, str] | None:
-    """The caption of every picture file behind a data set, None if it has no captions."""
-    files = files_of(dataset)
-    if not files or dataset.read(0).text is None:
-        return None
-    return {file: dataset.read(i).text or "" for i, file in enumerate(files)}
+    """The caption of every picture file behind a data set that can be read, None if it has no captions."""
+    found: dict[Path, str] = {}
+    for index, file in enumerate(files_of(dataset) or ()):
+        try:
+            text = dataset.read(index).text
+        except (OSError, ValueError):  # what reads the files for their pictures names it
+            continue
+        if text is None:
+            return None
+        found[file] = text
+    return found or None
 
 
 def write_files(dataset: Dataset, folder: Path) -> tuple[list[Path], dict[Path, str] | None, dict[str, str]]:
