@@ -14,7 +14,6 @@ import vistok
 from vistok.cli import run
 from vistok.data.bundled import FOLDER
 from vistok.image import to_tensor
-from vistok.tokens import to_bytes
 
 MODEL = "spectral_planes_128.free"
 
@@ -60,7 +59,7 @@ def refused(capsys, out, *words: str) -> None:
 def test_200_mutated_token_files_are_refused_one_by_one(tmp_path, capsys):
     tokenizer = vistok.load(MODEL)
     photo = FOLDER / "01-cat.jpg"
-    data = to_bytes(tokenizer.encode(to_tensor([photo], tokenizer.preprocess)), tokenizer.model_id, tokenizer.prior)
+    data = tokenizer.to_bytes(tokenizer.encode(to_tensor([photo], tokenizer.preprocess)))
     rng, folder = np.random.default_rng(0), tmp_path / "in"
     folder.mkdir()
     for i in range(200):

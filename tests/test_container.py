@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vistok import Tokens
-from vistok.tokens import ContainerError, from_bytes, load, save, to_bytes
+from vistok.tokens import ContainerError, from_bytes, load, overhead, save, to_bytes
 
 MODEL = "0123abcd"
 VOCAB = (4096,)
@@ -27,14 +27,17 @@ def read(data: bytes, **changes: object) -> Tokens:
     return from_bytes(data, **{"vocab": VOCAB, "model_id": MODEL, **changes})
 
 
-def test_a_container_is_16_bytes_and_the_ids() -> None:
-    assert len(to_bytes(one(), MODEL)) == 16 + 192
+@pytest.mark.parametrize(("n", "size", "front"), [(127, None, 10), (128, None, 11), (128, (256, 192), 15)])
+def test_a_container_is_few_bytes_and_the_ids(n: int, size: tuple[int, int] | None, front: int) -> None:
+    tokens = one(n=n, size=size)
+    assert len(to_bytes(tokens, MODEL)) == overhead(tokens, n) + -(-n * 12 // 8) == front + -(-n * 12 // 8)
 
 
 def test_the_header_is_what_the_format_says() -> None:
     data = to_bytes(one(), MODEL)
-    crc = binascii.crc_hqx(data[:14] + data[16:], 0)
-    assert data[:16] == b"VT\x01\x00" + bytes.fromhex(MODEL) + struct.pack(">HHHH", 256, 192, 128, crc)
+    crc = binascii.crc_hqx(data[:7] + data[9:], 0)
+    front = b"VT\x24" + bytes.fromhex(MODEL) + struct.pack(">H", crc) + bytes([128, 1, 128, 2, 192, 1])
+    assert data[:15] == front  # version 2, a size; 128 tokens, 256 rows, 192 columns
 
 
 @pytest.mark.parametrize("text", [None, ("",), ("a cat, 猫",)])
@@ -54,7 +57,7 @@ def test_grouped_ids_survive_the_container() -> None:
 
 def test_padding_is_not_written() -> None:
     data = to_bytes(one(lengths=torch.tensor([32])), MODEL)
-    assert len(data) == 16 + 48
+    assert len(data) == 14 + 48
     assert torch.equal(read(data).ids, one().ids[:, :32])
 
 
@@ -92,7 +95,7 @@ def test_no_bytes_at_all_crash_the_reader(data: bytes) -> None:
         (to_bytes(one(), MODEL), {"model_id": "ffffffff"}, "Model 0123abcd wrote this .* the one given is ffffffff"),
         (b"\x89PNG" + bytes(40), {}, "not a .vtok file"),
         (b"VT", {}, "not a .vtok file"),
-        (b"VT\x02" + to_bytes(one(), MODEL)[3:], {}, "version 2, flags 0; this vistok reads version 1"),
+        (b"VT\x11" + to_bytes(one(), MODEL)[3:], {}, "version 1, flags 1; this vistok reads version 2"),
         (to_bytes(one(), MODEL)[:-1], {}, "damaged: its checksum"),
         (to_bytes(one(), MODEL), {"vocab": (8192,)}, "damaged: 128 tokens of this vocabulary take 208 bytes, got 192"),
         (to_bytes(one(), MODEL), {"grid": (3, 3)}, "damaged: A grid"),
@@ -123,7 +126,7 @@ def test_what_cannot_be_written_is_refused(tokens: Tokens, model: str, message: 
 
 def test_a_saved_file_is_read_back(tmp_path: Path) -> None:
     size = save(one(), tmp_path / "a.vtok", MODEL)
-    assert size == (tmp_path / "a.vtok").stat().st_size == 208
+    assert size == (tmp_path / "a.vtok").stat().st_size == 15 + 192
     assert torch.equal(load(tmp_path / "a.vtok", vocab=VOCAB, model_id=MODEL).ids, one().ids)
 
 

@@ -35,10 +35,12 @@ class Prior(Protocol):
 
 
 MAGIC = b"VT"
-VERSION = 1
-FLAG_TEXT = 1
-FLAG_CODED = 2
-HEADER = struct.Struct(">2sBB4sHHHH")  # magic, version, flags, model id, H, W, K, CRC-16 of everything else
+NAMELESS = "00000000"
+"""A model id for containers that are made to be measured."""
+VERSION = 2
+FLAG_TEXT, FLAG_CODED, FLAG_SIZE = 1, 2, 4
+LARGEST = 0xFFFF  # sizes, tokens, bytes of a caption
+HEADER = struct.Struct(">2sB4sH")  # magic, version and flags, model id, CRC-16 of everything else
 
 
 class ContainerError(ValueError):
@@ -246,10 +248,11 @@ def _split(value: int, base: int, n: int) -> list[int]:
 def to_bytes(tokens: Tokens, model_id: str, prior: Prior | None = None) -> bytes:
     """One picture's tokens as a `.vtok` container.
 
-    16 bytes of header, big-endian: `VT`, version, flags (bit 0: a caption follows; bit 1: entropy-coded), 4 bytes of
-    model id, height, width and number of tokens K as u16, CRC-16 (CCITT, start 0, or the prior's own 16 bits if
-    entropy-coded) over everything else. Then, if flagged, a u16 length and the caption in UTF-8; then the packed ids,
-    or the range coder's bytes where those are fewer.
+    Big-endian: `VT`; version (upper 4 bits) and flags (bit 0: a caption, bit 1: entropy-coded, bit 2: a size); 4 bytes
+    of model id; CRC-16 (CCITT, start 0, or the prior's own 16 bits if entropy-coded) over everything else. Then whole
+    numbers of 7 bits a byte, lowest first, the top bit set in all but the last: the number of tokens K; if flagged,
+    height and width; if flagged, the length of the caption, and the caption in UTF-8. Then the packed ids, or the range
+    coder's bytes where those are fewer. 10 bytes and the ids for fewer than 128 tokens of a picture of known size.
 
     Args:
         tokens: A batch of one picture with ids.
@@ -268,19 +271,45 @@ def to_bytes(tokens: Tokens, model_id: str, prior: Prior | None = None) -> bytes
         raise ValueError(f"A model id is 8 hex digits, got {model_id!r}.")
     k = int(tokens.lengths[0])
     height, width = tokens.size or (0, 0)
-    if max(height, width, k) > 0xFFFF:
-        raise ValueError(f"A container holds sizes and counts up to 65535, got {height}x{width} with {k} tokens.")
+    if max(height, width, k) > LARGEST:
+        raise ValueError(f"A container holds sizes and counts up to {LARGEST}, got {height}x{width} with {k} tokens.")
     body, flags, start = pack(tokens.ids[0, :k].cpu(), tokens.vocab), 0, 0
     if prior is not None and k <= prior.tokens and len(coded := prior.encode(tokens.ids[0, :k].cpu())) < len(body):
         body, flags, start = coded, FLAG_CODED, prior.check
-    if tokens.text is not None:
-        caption = tokens.text[0].encode()
-        if len(caption) > 0xFFFF:
-            raise ValueError(f"A caption takes at most 65535 bytes, got {len(caption)}.")
-        body = struct.pack(">H", len(caption)) + caption + body
-        flags |= FLAG_TEXT
-    head = HEADER.pack(MAGIC, VERSION, flags, bytes.fromhex(model_id), height, width, k, 0)[:-2]
+    flags |= FLAG_SIZE * (tokens.size is not None) | FLAG_TEXT * (tokens.text is not None)
+    body = _front(tokens, k) + body
+    head = HEADER.pack(MAGIC, VERSION << 4 | flags, bytes.fromhex(model_id), 0)[:-2]
     return head + struct.pack(">H", binascii.crc_hqx(head + body, start)) + body
+
+
+def overhead(tokens: Tokens, k: int) -> int:
+    """Bytes of a container of the first k tokens of one picture beside its ids."""
+    return HEADER.size + len(_front(tokens, k))
+
+
+def _front(tokens: Tokens, k: int) -> bytes:
+    """What a container has between header and ids."""
+    caption = b"" if tokens.text is None else tokens.text[0].encode()
+    if len(caption) > LARGEST:
+        raise ValueError(f"A caption takes at most {LARGEST} bytes, got {len(caption)}.")
+    numbers = [k, *(tokens.size or ()), *([] if tokens.text is None else [len(caption)])]
+    return b"".join(map(_number, numbers)) + caption
+
+
+def _number(value: int) -> bytes:
+    """A whole number, 7 bits a byte, lowest first."""
+    low, rest = value & 0x7F, value >> 7
+    return bytes([low | 0x80]) + _number(rest) if rest else bytes([low])
+
+
+def _read_number(data: bytes) -> tuple[int, bytes]:
+    """Inverse of `_number`: the number and the bytes behind it."""
+    value = 0
+    for i, byte in enumerate(data[:3]):
+        value |= (byte & 0x7F) << 7 * i
+        if byte < 0x80:
+            return value, data[i + 1 :]
+    raise ContainerError("This .vtok file is damaged: a number has no end.")
 
 
 def from_bytes(
@@ -306,9 +335,10 @@ def from_bytes(
     """
     if len(data) < HEADER.size or data[:2] != MAGIC:
         raise ContainerError("This is not a .vtok file (it does not start with a vistok header).")
-    _, version, flags, found_id, height, width, k, crc = HEADER.unpack_from(data)
+    _, version, found_id, crc = HEADER.unpack_from(data)
+    version, flags = version >> 4, version & 0xF
     head, body = data[: HEADER.size - 2], data[HEADER.size :]
-    if version != VERSION or flags & ~(FLAG_TEXT | FLAG_CODED):
+    if version != VERSION or flags & ~(FLAG_TEXT | FLAG_CODED | FLAG_SIZE):
         raise ContainerError(
             f"This .vtok file is of version {version}, flags {flags}; this vistok reads version {VERSION}."
         )
@@ -326,14 +356,17 @@ def from_bytes(
             "This .vtok file is damaged: its checksum does not fit (flipped bits or a truncated file)"
             + (", or it was coded with another prior." if coded else ".")
         )
-    text = None
+    (k, body), size, text = _read_number(body), None, None
+    if flags & FLAG_SIZE:
+        height, body = _read_number(body)
+        width, body = _read_number(body)
+        size = (height, width)
     if flags & FLAG_TEXT:
-        length = int.from_bytes(body[:2], "big")
-        text = (body[2 : 2 + length].decode(errors="replace"),)
-        body = body[2 + length :]
+        length, body = _read_number(body)
+        text, body = (body[:length].decode(errors="replace"),), body[length:]
     try:
         ids = (prior.decode(body, k) if coded and prior is not None else unpack(body, k, vocab)).unsqueeze(0)
-        return Tokens(ids=ids, vocab=tuple(vocab), grid=grid, size=(height, width) if height else None, text=text)
+        return Tokens(ids=ids, vocab=tuple(vocab), grid=grid, size=size, text=text)
     except ValueError as err:
         raise ContainerError(f"This .vtok file is damaged: {err}") from err
 

@@ -20,7 +20,6 @@ from vistok.demo.kept import FeatureKeeper, HostKeeper, Kept
 from vistok.demo.look import Look, Viewer, rising, spread
 from vistok.evaluate.rate_distortion import codec_candidates, smallest_file
 from vistok.image import PictureError, to_tensor
-from vistok.tokens import to_bytes
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +48,7 @@ def test_a_picture_is_encoded_once_and_decoded_at_every_length(viewer: Viewer, p
 def test_bytes_are_those_of_the_whole_file(viewer: Viewer, look: Look):
     tokens = viewer.tokenizer.encode(look.pixels)
     view = look.at(8)
-    assert view.size == len(to_bytes(tokens[:, :8], viewer.tokenizer.model_id))
+    assert view.size == len(viewer.tokenizer.to_bytes(tokens[:, :8]))
     assert view.raw == 64 * 64 * 3 and not view.coded
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import vistok
 from tests.fill import image
-from vistok.evaluate.lengths import most_tokens, shortest
+from vistok.evaluate.lengths import fitting, shortest
 from vistok.evaluate.pixel import MeanAbsoluteDifference, Psnr
 
 
@@ -64,14 +64,24 @@ def test_rows_find_their_own_length_on_a_real_model():
     assert torch.equal(values >= full.median() - 1e-4, reached)
 
 
-@pytest.mark.parametrize(("size", "count"), [(1, 1), (7, 7), (16, 16), (1000, 16)])
+@pytest.mark.parametrize(("size", "count"), [(11, 1), (17, 7), (26, 16), (1000, 16)])
 def test_bytes_become_tokens(size, count):
-    assert most_tokens(vistok.create("tokenizer", "one_d_piece_tiny"), size) == count
+    tok = vistok.create("tokenizer", "one_d_piece_tiny").eval()
+    found = fitting(tok, tok.encode(image(1, 64)), size)
+    assert found.num_tokens == count and len(tok.to_bytes(found)) == 10 + count
+
+
+def test_the_byte_that_more_tokens_need_for_their_number_is_counted():
+    tok = vistok.create("tokenizer", "one_d_piece_tiny", num_tokens=200).eval()
+    tokens = tok.encode(image(1, 64))
+    counts = [fitting(tok, tokens, size).num_tokens for size in (136, 137, 138, 139, 140)]
+    assert counts == [126, 127, 127, 128, 129]
 
 
 def test_sizes_no_code_fits_into_are_refused():
-    with pytest.raises(ValueError, match="titok needs at least 16 bytes per picture, got 15"):
-        most_tokens(vistok.create("tokenizer", "titok_tiny"), 15)
+    tok = vistok.create("tokenizer", "titok_tiny").eval()
+    with pytest.raises(ValueError, match="A file of 25 bytes is too small: all 16 tokens of titok take more"):
+        fitting(tok, tok.encode(image(1, 64)), 25)
 
 
 def test_a_tokenizer_of_one_length_is_refused():

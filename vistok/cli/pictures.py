@@ -39,8 +39,7 @@ def encode(
         typer.Option(
             "--bytes",
             min=1,
-            help="Most bytes per picture: of the whole file where the model has a prior and ids are entropy-coded, "
-            "else of the packed ids, to which the header adds 16.",
+            help="Most bytes of a picture's whole file.",
         ),
     ] = None,
     psnr: Annotated[float | None, typer.Option(help="Fewest tokens that reach this many dB, per picture.")] = None,
@@ -51,11 +50,10 @@ def encode(
     overwrite: Overwrite = False,
 ) -> None:
     """Turn pictures into .vtok files, one each."""
-    from vistok import tokens as container
     from vistok.cli.show import progress
-    from vistok.codec import prior as codec
     from vistok.evaluate import lengths
     from vistok.evaluate.pixel import Psnr
+    from vistok.hub import write_atomic
     from vistok.image import find_pictures, read_batches
 
     if sum(option is not None for option in (tokens, size, psnr)) > 1:
@@ -65,8 +63,6 @@ def encode(
     tokenizer = load(model, device, whole=whole)
     if not tokenizer.quantizer.vocab_sizes:
         raise ValueError(f"{model} has continuous latents, which a .vtok file cannot hold. Use a model with ids.")
-    prior = tokenizer.prior if codec.available() else None
-    tokens = lengths.most_tokens(tokenizer, size) if size is not None and prior is None else tokens
     files.make_folders(places)
     broken, total, count, short, shown = files.Broken(), 0, 0, 0, ""
     with progress("encode", len(found)) as advance:
@@ -76,16 +72,18 @@ def encode(
                 made, reached = lengths.shortest(tokenizer, made, images, Psnr(), psnr)
                 short += int((~reached).sum())
             singles = {path: made[i] for i, path in enumerate(paths)}
-            if size is not None and prior is not None:
+            if size is not None:
                 singles = _cut(tokenizer, singles, size, broken)
             for path, one in singles.items():
-                total += container.save(one, places[path], tokenizer.model_id, prior)
+                data = tokenizer.to_bytes(one)
+                write_atomic(places[path], data)
+                total += len(data)
                 shown = shown or repr(one)
             count += len(singles)
             advance(count + len(broken.reasons))
     if count:
         typer.echo(f"{files.pictures(count)} -> {out}: {total} bytes, {total / count:g} each ({shown}).")
-    if count and tokenizer.prior is not None and prior is None:
+    if count and tokenizer.prior is not None and tokenizer.coder is None:
         typer.echo("Ids are packed at full width; pip install 'vistok[codec]' makes entropy-coded, smaller files.")
     if short:
         typer.echo(f"{files.pictures(short)} stay below {psnr:g} dB with all {tokenizer.num_tokens} tokens.")

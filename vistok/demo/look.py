@@ -15,7 +15,7 @@ from vistok.evaluate.metric import Metric, build_metrics
 from vistok.evaluate.rate_distortion import codec_candidates, smallest_file
 from vistok.image import PictureError, to_pictures, to_pil, to_tensor, to_uint8
 from vistok.tokenizers.base import Tokenizer
-from vistok.tokens import Tokens, to_bytes
+from vistok.tokens import Tokens
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -110,7 +110,7 @@ class Viewer:
         height, width = self.tokenizer.preprocess.size
         parameters = sum(p.numel() for p in self.tokenizer.parameters()) / 1e6
         tokens = f"1 to {self.most} tokens" if self.tokenizer.nested else f"{self.most} tokens"
-        coded = ", ids entropy-coded" if self._prior() is not None else ""
+        coded = ", ids entropy-coded" if self.tokenizer.coder is not None else ""
         return f"{tokens}, {width} x {height} pixels, {parameters:.1f} M parameters{coded}"
 
     def look(self, picture: Any, caption: str = "") -> Look:
@@ -135,11 +135,6 @@ class Viewer:
     def metric(self, title: str) -> Metric:
         """The metric of that title."""
         return next(m for m in self.metrics.values() if m.title == title)
-
-    def _prior(self) -> Any:
-        from vistok.codec.prior import available
-
-        return self.tokenizer.prior if available() else None
 
 
 class Look:
@@ -213,7 +208,7 @@ class Look:
 
     def _file(self, count: int) -> bytes:
         tokens = self.tokens[:, :count] if count < self.most else self.tokens
-        return to_bytes(tokens, self.viewer.tokenizer.model_id, self.viewer._prior())
+        return self.viewer.tokenizer.to_bytes(tokens)
 
     def _files(self, codec: str) -> _Files:
         if codec not in self._rivals:

@@ -9,47 +9,37 @@ import torch
 from torch import Tensor
 
 from vistok.evaluate.metric import Metric
-from vistok.tokens import HEADER, Tokens, packed_bytes
-
-
-def most_tokens(tokenizer: Any, size: int) -> int:
-    """The most tokens of a nested tokenizer whose ids, packed, fit into `size` bytes.
-
-    Raises:
-        ValueError: Not even one fits, or the tokenizer is not nested and its tokens do not fit.
-    """
-    vocab, full = tokenizer.quantizer.vocab_sizes, tokenizer.num_tokens
-    count = bisect_count(full, lambda n: packed_bytes(n, vocab) <= size)
-    if count == 0 or (count < full and not tokenizer.nested):
-        least = packed_bytes(1 if tokenizer.nested else full, vocab)
-        raise ValueError(f"{tokenizer.registry_name} needs at least {least} bytes per picture, got {size}.")
-    return count
+from vistok.tokens import Tokens, overhead, packed_bytes
 
 
 def fitting(tokenizer: Any, tokens: Tokens, size: int) -> Tokens:
     """The longest prefix of one picture's tokens whose whole `.vtok` file takes at most `size` bytes.
 
-    Exact: the file is entropy-coded under the tokenizer's prior, or packed where that is smaller, and its header and
-    caption count.
+    Exact: the file is entropy-coded if the tokenizer has a prior, or packed where that is smaller or there is none, and
+    everything beside the ids counts.
 
     Args:
-        tokenizer: A tokenizer with a prior; nested, unless all its tokens fit.
+        tokenizer: Nested, unless all its tokens fit.
         tokens: Of one picture.
         size: Bytes of the file.
 
     Raises:
         ValueError: Not even one token fits, or the tokenizer is not nested and its tokens do not fit.
-        CodecError: The range coder is not installed.
     """
-    vocab, full = tokens.vocab, int(tokens.lengths[0])
-    room = size - HEADER.size - (0 if tokens.text is None else 2 + len(tokens.text[0].encode()))
-    packed = bisect_count(full, lambda n: packed_bytes(n, vocab) <= room)
-    assert tokens.ids is not None
-    k = max(packed, tokenizer.prior.most_tokens(tokens.ids[0, :full], room))
+    full, bare = int(tokens.lengths[0]), tokenizer.portable(tokens)
+    k = max(_most(tokenizer, bare, size, most) for most in {full, min(full, 127)})  # 127: their number takes one byte
     if k == 0 or (k < full and not tokenizer.nested):
         what = "even one token takes" if tokenizer.nested else f"all {full} tokens of {tokenizer.registry_name} take"
         raise ValueError(f"A file of {size} bytes is too small: {what} more.")
     return tokens[:, :k]
+
+
+def _most(tokenizer: Any, tokens: Tokens, size: int, most: int) -> int:
+    """The longest prefix of at most `most` tokens that fits beside as many bytes as `most` tokens have."""
+    room, vocab = size - overhead(tokens, most), tokens.vocab
+    assert tokens.ids is not None
+    packed = bisect_count(most, lambda n: packed_bytes(n, vocab) <= room)
+    return packed if tokenizer.coder is None else max(packed, tokenizer.coder.most_tokens(tokens.ids[0, :most], room))
 
 
 def bisect_count(most: int, holds: Any) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 from vistok.codec import prior as codec
 from vistok.image import read_batches
 from vistok.tokenizers.base import Tokenizer
-from vistok.tokens import HEADER, packed_bytes
+from vistok.tokens import NAMELESS, Tokens, to_bytes
 
 HELD_OUT = 5
 """Every so many pictures one measures a prior that was fitted without it."""
@@ -82,10 +82,10 @@ def fit(
     held = torch.arange(len(every)) % HELD_OUT == min(HELD_OUT, len(every)) - 1
     packed, coded = 0.0, 0.0
     if len(every) > 1:
-        packed = HEADER.size + packed_bytes(every.shape[1], tokenizer.quantizer.vocab_sizes)
         other = codec.fit(tokenizer, every[~held])
-        sizes = [min(packed, HEADER.size + len(other.encode(ids))) for ids in every[held]]
-        coded = sum(sizes) / len(sizes)
+        files = [Tokens(ids=ids[None], vocab=tokenizer.quantizer.vocab_sizes) for ids in every[held]]
+        packed = len(to_bytes(files[0], NAMELESS))
+        coded = sum(len(to_bytes(one, NAMELESS, other)) for one in files) / len(files)
     return Fitted(
         prior=codec.fit(tokenizer, every),
         pictures=len(every),

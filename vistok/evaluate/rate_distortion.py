@@ -19,7 +19,7 @@ from vistok.evaluate.metric import Metric, build_metrics
 from vistok.hub import write_atomic
 from vistok.image import read_batches, to_uint8
 from vistok.tokenizers.base import Tokenizer
-from vistok.tokens import HEADER, Tokens, to_bytes
+from vistok.tokens import Tokens
 
 SCALES = (1, 2, 4, 8)
 CODECS: dict[str, dict[str, Any]] = {
@@ -173,33 +173,24 @@ Coded = dict[int, list[tuple[int, Tensor] | None]]
 
 
 def _ours(tokenizer: Tokenizer, originals: Tensor, budgets: Sequence[int]) -> tuple[Coded, dict[str, float]]:
-    from vistok.codec.prior import available
-
-    prior = tokenizer.prior if available() else None
     found: Coded = {b: [] for b in budgets}
     packed, coded = [], []
     for image in originals:
         tokens = tokenizer.encode(image[None].to(tokenizer.device))
-
-        def make(k: int, tokens: Any = tokens) -> bytes:
-            return to_bytes(tokens[:, :k], tokenizer.model_id, prior)
-
         for b in budgets:
-            k = _most(tokenizer, tokens, b, coded=prior is not None)
+            k = _most(tokenizer, tokens, b)
             rebuilt = tokenizer.decode(tokens[:, :k])[0].cpu() if k else None
-            found[b].append(None if rebuilt is None else (len(make(k)), rebuilt))
-        packed.append(len(to_bytes(tokens, tokenizer.model_id)))
-        coded.append(len(make(tokens.num_tokens)))
+            found[b].append(None if rebuilt is None else (len(tokenizer.to_bytes(tokens[:, :k])), rebuilt))
+        packed.append(len(tokenizer.to_bytes(tokens, coded=False)))
+        coded.append(len(tokenizer.to_bytes(tokens)))
     saving = {"packed_bytes": statistics.mean(packed), "coded_bytes": statistics.mean(coded)}
-    return found, saving if prior is not None else {}
+    return found, saving if tokenizer.coder is not None else {}
 
 
-def _most(tokenizer: Tokenizer, tokens: Tokens, budget: int, *, coded: bool) -> int:
+def _most(tokenizer: Tokenizer, tokens: Tokens, budget: int) -> int:
     """Most tokens of one picture whose `.vtok` file has at most `budget` bytes; 0 if not one does."""
     try:
-        if coded:
-            return lengths.fitting(tokenizer, tokens, budget).num_tokens
-        return lengths.most_tokens(tokenizer, budget - HEADER.size)
+        return lengths.fitting(tokenizer, tokens, budget).num_tokens
     except ValueError:  # not even one
         return 0
 

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vistok.codec import prior as codec
 from vistok.config import create
 from vistok.distributed import all_objects, rank, world_size
 from vistok.evaluate import protocol, report
@@ -29,12 +28,11 @@ from vistok.evaluate.usage import LARGEST_VOCABULARY, CodebookUsage
 from vistok.hub import write_atomic
 from vistok.image import read_batches
 from vistok.tokenizers.base import Tokenizer
-from vistok.tokens import HEADER, Tokens, packed_bytes, to_bytes
+from vistok.tokens import NAMELESS, Tokens, overhead, packed_bytes, to_bytes
 
 METRICS = ("psnr", "ssim", "lpips_alex")
 GRID_PAIRS = 16
 CELLS = 8
-NAMELESS = "00000000"
 """Stands for the model id where only a file's size matters."""
 UNDRAWN = ("seconds", "data_wait", "skipped_steps", "skipped_samples")
 """Columns of a training log that say nothing as a curve."""
@@ -197,8 +195,8 @@ class _Measured:
         self.usage = CodebookUsage(vocab) if vocab and max(vocab) <= LARGEST_VOCABULARY else None
         self.lines: list[dict[str, Any]] = []
         self.seconds = {"encode": 0.0, "decode": 0.0}
-        self.totals = {"tokens": 0.0, "bits": 0.0, "bytes": 0.0, "coded": 0.0, "pixels": 0.0}
-        self.prior = tokenizer.prior if codec.available() else None
+        self.totals = {"tokens": 0.0, "bits": 0.0, "bytes": 0.0, "files": 0.0, "coded": 0.0, "pixels": 0.0}
+        self.prior, self.portable = tokenizer.coder, tokenizer.portable
 
     def update(self, files: Sequence[Path], images: Tensor, num_tokens: int | None, text: Any = None) -> None:
         """Enter a batch, (B, 3, H, W) in [0, 1] on the tokenizer's device."""
@@ -242,9 +240,11 @@ class _Measured:
         self.totals["tokens"] += sum(lengths)
         self.totals["bits"] += tokens.bits * sum(lengths)
         self.totals["bytes"] += sum(packed_bytes(k, tokens.vocab) for k in lengths) if tokens.vocab else 0
-        if self.prior is not None:
-            plain = dataclasses.replace(tokens, text=None)  # captions count in neither figure
-            self.totals["coded"] += sum(len(to_bytes(plain[i], NAMELESS, self.prior)) for i in range(len(plain)))
+        if tokens.vocab:
+            plain = dataclasses.replace(self.portable(tokens), text=None)  # captions count in no figure
+            self.totals["files"] += sum(overhead(plain, k) for k in lengths)
+            if self.prior is not None:
+                self.totals["coded"] += sum(len(to_bytes(plain[i], NAMELESS, self.prior)) for i in range(len(plain)))
         self.totals["pixels"] += images.shape[0] * images.shape[-2] * images.shape[-1]
 
     def result(self, skipped: dict[str, str], files: dict[str, Path]) -> EvalResult:
@@ -270,7 +270,7 @@ class _Measured:
         tokens = self.totals["tokens"] / count
         if not self.totals["bits"]:
             return {"tokens_per_picture": tokens}
-        packed, coded = self.totals["bytes"] / count + HEADER.size, self.totals["coded"] / count
+        packed, coded = (self.totals["bytes"] + self.totals["files"]) / count, self.totals["coded"] / count
         return {
             "tokens_per_picture": tokens,
             "bits_per_token": self.totals["bits"] / self.totals["tokens"],

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from vistok import hub
-from vistok.codec.prior import Prior
+from vistok.codec.prior import Prior, available
 from vistok.config import create
 from vistok.image import to_tensor
 from vistok.quantizers.base import Quantized
 from vistok.tokenizers.sizes import Sized
 from vistok.tokenizers.text import captions_of, one_per_picture
-from vistok.tokens import Tokens
+from vistok.tokens import Tokens, to_bytes
 
 
 @dataclass(frozen=True)
@@ -225,6 +225,24 @@ class Tokenizer(Sized):
         if self.prior is not None:
             self.prior.save(found)
         return found
+
+    @property
+    def coder(self) -> Prior | None:
+        """The prior, if the range coder that it is for is installed."""
+        return self.prior if self.prior is not None and available() else None
+
+    def portable(self, tokens: Tokens) -> Tokens:
+        """Tokens without what the model knows anyway: the size of the picture, if it is that of `preprocess`."""
+        return dataclasses.replace(tokens, size=None) if tokens.size == tuple(self.preprocess.size) else tokens
+
+    def to_bytes(self, tokens: Tokens, *, coded: bool = True) -> bytes:
+        """One picture's tokens as a `.vtok` file of this model; see `vistok.tokens.to_bytes`.
+
+        Args:
+            tokens: Of one picture, with ids.
+            coded: Entropy-code the ids where that is smaller, if the model has a prior (`coder`).
+        """
+        return to_bytes(self.portable(tokens), self.model_id, self.coder if coded else None)
 
     # -- parts ---------------------------------------------------------------------------------------------------
 
