@@ -401,3 +401,27 @@ def test_several_lengths_share_the_network_calls(tok):
         del tok.decoder.run
     given, null = (64 + 2) + (64 + 5), 64 + 1
     assert rows == [given, null, given + 2 * null]  # the unguided branch once, then where the lengths have parted
+
+
+def test_a_local_start_reads_and_writes_every_patch_by_a_register_of_its_own():
+    torch.manual_seed(0)
+    size = {"width": 64, "depth": 2, "heads": 2}
+    given = {"image_size": 32, "patch_size": 8, "num_tokens": 16, "encoder": size, "decoder": size, "start": "local"}
+    tok = vistok.create("tokenizer", "flextok", **given, quantizer={"name": "fsq", "levels": [8, 8, 8, 5, 5, 5]}).eval()
+    grey = torch.full((1, 3, 32, 32), 0.5)
+    table = tok.encoder.patch_embed.position.flatten(1).T
+    order = torch.cdist(tok.encoder.registers, table).argmin(1).tolist()
+    assert sorted(order) == list(range(16))
+    read, written = torch.zeros(16, 16), torch.zeros(16, 16)  # how much (register, patch) have to do with each other
+    for register, patch in enumerate(order):
+        row, column = 8 * (patch // 4), 8 * (patch % 4)
+        changed = grey.clone()
+        changed[..., row : row + 8, column : column + 8] = torch.rand(3, 8, 8)
+        read[:, register] = (tok.encode_features(changed) - tok.encode_features(grey)).abs().sum(-1)[0]
+        codes = torch.zeros(1, 16, 6)
+        codes[0, register] = 1.0
+        seen = (tok.decode_codes(codes, steps=1) - tok.decode_codes(0 * codes, steps=1)).abs().mean((0, 1))
+        written[register] = torch.nn.functional.avg_pool2d(seen[None, None], 8).flatten()[order]
+    for shares in (read, written):
+        own, others = shares.diag().mean(), shares[~torch.eye(16, dtype=torch.bool)].mean()
+        assert own > 1.5 * others

@@ -27,7 +27,7 @@ MODEL = {
     "encoder": SIZE,
     "decoder": SIZE,
     "quantizer": {"name": "fsq", "levels": [8, 5, 5]},
-    "zero_init": False,
+    "start": "local",
     "sampling": {"steps": 2, "guidance": 1.0},
 }
 
@@ -95,7 +95,7 @@ def test_two_halves_of_a_batch_equal_the_whole():
 
 
 def test_the_loss_of_a_silent_model_is_that_of_the_noise():
-    _, step = built({"zero_init": True})
+    _, step = built({"start": "silent"})
     given = batch(8)
     noise = given.normal("flow_noise", (3, 32, 32))
     expected = (noise - (2 * given.images - 1)).square().mean()

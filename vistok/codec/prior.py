@@ -1,7 +1,7 @@
 """Priors over the ids of a picture, and the range coder that turns them into bytes.
 
 A prior gives every symbol of a token sequence a distribution in whole numbers, so that encoder and decoder agree on
-every machine. The coder is `constriction`'s range coder (extra `codec`). Trailing zero bytes are not stored.
+every machine. The coder is `constriction`'s range coder (extra `codec`); zero bytes at the end are not stored.
 """
 
 from __future__ import annotations
@@ -80,11 +80,11 @@ class Prior:
         """Inverse of `symbols`: int64 (k,) or (k, G)."""
         raise NotImplementedError
 
-    def rounds(self, k: int, seen: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
-        """Symbols that are coded at once, and their distributions in whole numbers (n, V) of sum `TOTAL`.
+    def rounds(self, k: int, seen: np.ndarray) -> Iterator[tuple[slice | np.ndarray, np.ndarray]]:
+        """Which symbols are coded at once, and their distributions in whole numbers (n, V) of sum `TOTAL`.
 
-        A generator over the S symbols of k tokens in order; `seen` (S,) holds the symbols of all earlier rounds by the
-        time the next one is asked for.
+        A generator over the S symbols of k tokens, each once; `seen` (S,) holds the symbols of all earlier rounds by
+        the time the next one is asked for.
         """
         raise NotImplementedError
 
@@ -116,7 +116,7 @@ class Prior:
         family = stream.model.Categorical(perfect=False)
         for part, counts in self.rounds(k, symbols):
             coder.encode(symbols[part], family, counts.astype(np.float32) / TOTAL)
-        return bytes(coder.get_compressed().astype("<u4").tobytes().rstrip(b"\0"))
+        return _shortest(coder)
 
     def decode(self, data: bytes, k: int) -> Tensor:
         """Inverse of `encode` for k tokens; bytes that no ids give lead to some other ids.
@@ -126,7 +126,7 @@ class Prior:
             ValueError: More tokens than the prior knows.
         """
         stream = _constriction().stream
-        words = np.frombuffer(data + bytes(-len(data) % 4 + 8), "<u4").astype(np.uint32)
+        words = np.frombuffer(data + bytes(-len(data) % 4 + 8), ">u4").astype(np.uint32)
         coder, family = stream.queue.RangeDecoder(words), stream.model.Categorical(perfect=False)
         seen = np.zeros(self.count(self._checked(k)), np.int32)
         for part, counts in self.rounds(k, seen):
@@ -170,6 +170,23 @@ class Prior:
         np.savez_compressed(data, kind=np.array(self.kind), **arrays)
         write_atomic(Path(folder) / FILE, data.getvalue())
         return Path(folder) / FILE
+
+
+def _shortest(coder: Any) -> bytes:
+    """The code of a range encoder, big-endian, with as few bytes as any number in its final interval has.
+
+    The coder ends on a whole word; every number in [lower, lower + range) behind the words already out says the same.
+    """
+    words = coder.get_compressed().astype(">u4").tobytes()
+    done, (lower, size) = coder.pos()
+    head, tail = words[: 4 * done], int.from_bytes(words[4 * done :].ljust(8, b"\0")[:8], "big")
+    if lower <= tail < lower + size:  # not if the interval reaches beyond 2^64 and a carry is open
+        for count in range(9):
+            step = 1 << 8 * (8 - count)
+            number = -(-lower // step) * step
+            if number < min(lower + size, 1 << 64):
+                return (head + number.to_bytes(8, "big")).rstrip(b"\0")
+    return words.rstrip(b"\0")
 
 
 def whole(weights: np.ndarray) -> np.ndarray:
@@ -216,7 +233,7 @@ class PositionPrior(Prior):
         shape = (k,) if len(self.vocab) == 1 else (k, len(self.vocab))
         return torch.from_numpy(symbols.astype(np.int64)).reshape(shape)
 
-    def rounds(self, k: int, seen: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+    def rounds(self, k: int, seen: np.ndarray) -> Iterator[tuple[slice | np.ndarray, np.ndarray]]:
         """See `Prior.rounds`: everything at once."""
         yield slice(0, self.count(k)), self.table[: self.count(k)]
 

@@ -23,6 +23,7 @@ from vistok.tokens import Tokens
 
 SizeName = Literal["d12", "d18", "d28"]
 NestedDropout = Literal["uniform", "pow2", "uniform_pow2"]
+Start = Literal["silent", "local"]
 
 
 SIZES = {f"d{n}": Size(width=64 * n, depth=n, heads=n) for n in (12, 18, 28)}
@@ -56,8 +57,8 @@ class FlexTok(Tokenizer):
         learned_null: Whether the empty condition is a learnt vector.
         head_modulation: Whether time modulates the output layer.
         prediction: What the network gives, see `RectifiedFlow`; `velocity` in all released models.
-        zero_init: Start with silent blocks and heads, as in the official code. If not, gates start at one and heads
-            Xavier-uniform: the tokens then matter from the first step on, which short runs need.
+        start: `silent`: blocks and heads give nothing at first, as in the official code. `local`: they do, and tokens
+            read and write places of the picture from the first step on, which short runs need (see `initialise`).
         repa_layer: Block whose patch features a REPA loss reads, counted from 0.
         repa_dim: Width of the REPA teacher; None for no projector (it is used in training alone).
         sampling: How tokens are decoded by default.
@@ -89,7 +90,7 @@ class FlexTok(Tokenizer):
         learned_null: bool = True,
         head_modulation: bool = True,
         prediction: Literal["velocity", "data"] = "velocity",
-        zero_init: bool = True,
+        start: Start = "silent",
         repa_layer: int = 1,
         repa_dim: int | None = None,
         sampling: Sampling | None = None,
@@ -126,7 +127,7 @@ class FlexTok(Tokenizer):
         )
         self.repa_dim = repa_dim
         self.repa = None if repa_dim is None else projector(two.width, repa_dim)
-        initialise(self, zero=zero_init)
+        initialise(self, start)
 
     def _front(self, vae: Vae | None) -> Any:
         if vae is None:
@@ -331,8 +332,12 @@ def projector(width: int, out: int, ratio: int = 4) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-def initialise(model: FlexTok, *, zero: bool = True) -> None:
-    """Xavier-uniform linear layers without bias; with `zero` both heads and all modulations zero, as officially.
+def initialise(model: FlexTok, start: Start = "silent") -> None:
+    """Xavier-uniform linear layers without bias; modulations zero, and for a `silent` start both heads, as officially.
+
+    A `local` start is ours: gates are one; keys equal queries, and every register, in encoder and decoder, stands at
+    the position of a patch of its own, in random order, so that it first reads and writes that patch; and noise enters
+    at a tenth of its size, which leaves room for what the registers say.
 
     The projector stays Xavier-initialised: the official head class zeroes its last layer, where the cosine of the REPA
     loss is undefined.
@@ -341,14 +346,29 @@ def initialise(model: FlexTok, *, zero: bool = True) -> None:
     for part in parts:
         for name, layer in part.named_modules():
             if isinstance(layer, nn.Linear):
-                silent = "modulation" in name or (zero and layer in (model.encoder.head, model.decoder.head))
+                head = layer in (model.encoder.head, model.decoder.head)
+                silent = "modulation" in name or (head and start == "silent")
                 nn.init.zeros_(layer.weight) if silent else _xavier(layer, name)
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
-    if not zero:
-        for block in model.decoder.transformer.blocks:
-            bias = block.modulation[1].bias.detach().unflatten(0, (2, 6, -1))
-            bias[:, :2] = 1  # the gates of both kinds of tokens
+    if start == "local":
+        _start_local(model)
+
+
+@torch.no_grad()
+def _start_local(model: FlexTok) -> None:
+    blocks = [*model.encoder.transformer.blocks, *model.decoder.transformer.blocks]
+    for block in blocks:
+        width = block.qkv.in_features
+        block.qkv.weight[width : 2 * width] = block.qkv.weight[:width]
+    for block in model.decoder.transformer.blocks:
+        block.modulation[1].bias.unflatten(0, (2, 6, -1))[:, :2] = 1  # the gates of both kinds of tokens
+    places = model.encoder.patch_embed.position.flatten(1).T  # (P, D)
+    order = torch.randperm(len(places), generator=torch.Generator().manual_seed(0))
+    chosen = order.repeat(-(-model.num_tokens // len(order)))[: model.num_tokens]
+    for registers in (model.encoder.registers, model.decoder.position):
+        registers.copy_(places[chosen])
+    model.decoder.patch_embed.proj.weight.mul_(0.1)
 
 
 def _xavier(layer: nn.Linear, name: str) -> None:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from vistok.codec.planes import PlanePrior
 from vistok.config import Of, Spec, create
+from vistok.hub import load_strictly
 from vistok.image import Preprocess
 from vistok.layers.conv import to_map, to_sequence
 from vistok.layers.exact import KeepFloat32
@@ -31,6 +32,8 @@ SPREAD = 0.9  # pictures differ in contrast: standard deviation of the logarithm
 PLACE_NEW, PLACE_FINER = 0.42, 0.48
 """Where in its interval a value is taken to lie: of a coefficient just found significant, and of a refined one."""
 FOLD = 4
+WHOLE = 7 / 32
+"""Digits per coefficient of the picture that the decoder counts as one."""
 
 
 def _tail(u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -162,17 +165,17 @@ class PlaneRefiner(nn.Module):
     Args:
         grid: Patches (h, w).
         patch_size: Side of a patch in pixels, a multiple of 4.
-        num_tokens: Tokens of a full code, K.
+        share: What one token adds to the amount, see `WHOLE`.
         size: Shape of the transformer.
         channels: Width of the convolutions, which see the picture folded 4 x 4.
         blocks: Convolutional blocks after the transformer.
     """
 
     def __init__(
-        self, grid: tuple[int, int], patch_size: int, num_tokens: int, size: Size, channels: int, blocks: int
+        self, grid: tuple[int, int], patch_size: int, share: float, size: Size, channels: int, blocks: int
     ) -> None:
         super().__init__()
-        width, self.grid, self.ratio, self.num_tokens = size.width, grid, patch_size // FOLD, num_tokens
+        width, self.grid, self.ratio, self.share = size.width, grid, patch_size // FOLD, share
         self.stem = nn.Conv2d(3 * FOLD**2, channels, 3, padding=1)
         self.before = ConvBlock(channels)
         self.patch_embed = nn.Conv2d(channels, width, self.ratio, stride=self.ratio)
@@ -189,7 +192,7 @@ class PlaneRefiner(nn.Module):
 
     def forward(self, picture: Tensor, lengths: Tensor) -> Tensor:
         """Picture (B, 3, H, W) and tokens it was made of (B,) -> what to add to the picture, (B, 3, H, W)."""
-        share = lengths.to(picture.dtype) / self.num_tokens
+        share = lengths.to(picture.dtype) * self.share
         amount = self.amount(torch.stack([share, share.clamp_min(1e-4).log2() / 8], -1))  # (B, D)
         x = F.pixel_unshuffle(2 * picture - 1, FOLD).contiguous(memory_format=torch.channels_last)
         x = self.before(self.stem(x))  # (B, channels, H / 4, W / 4)
@@ -260,7 +263,8 @@ class SpectralPlanes(Tokenizer):
         self.code = PlaneCode((height, width), num_tokens, self.quantizer.dim)
         size = SIZES[decoder] if isinstance(decoder, str) else decoder
         grid = (height // patch_size, width // patch_size)
-        self.decoder = PlaneRefiner(grid, patch_size, num_tokens, size, channels, blocks)
+        share = self.quantizer.dim / (WHOLE * 3 * height * width)
+        self.decoder = PlaneRefiner(grid, patch_size, share, size, channels, blocks)
 
     def encode_features(self, images: Tensor) -> Tensor:
         """Pictures in [0, 1], (B, 3, H, W) -> digits (B, K, D), float32."""
@@ -273,6 +277,16 @@ class SpectralPlanes(Tokenizer):
         valid = torch.arange(codes.shape[1], device=codes.device) < lengths.unsqueeze(1)
         picture = self.code.synthesise(codes * valid.unsqueeze(-1))
         return picture + self.decoder(picture.to(self.decoder.head.weight.dtype), lengths)
+
+    def start_from(self, other: Tokenizer, source: str) -> None:
+        """Take another model's decoder; its code may have more or fewer tokens, the same ones as far as it goes.
+
+        Raises:
+            LoadError: Weights that do not fit.
+        """
+        kept = {k: v for k, v in other.state_dict().items() if not k.startswith("code.")}
+        own = {k: v for k, v in self.state_dict().items() if k.startswith("code.")}
+        load_strictly(self, kept | own, source)
 
     def fit_prior(self, ids: Tensor) -> PlanePrior:
         """The entropy coder's prior from the ids of many pictures, (B, K, G)."""
