@@ -33,7 +33,7 @@ class PlanePrior(Prior):
     one; how many neighbours are significant, and how many were just found not to be; how many coefficients of the
     picture are significant, compared with what was to be expected; the plane; and the log odds of the position, to
     which the network adds. All in whole numbers, so that every machine computes the same. Signs are even; a refining
-    digit has the chance of its position. `STEP` digits are told at a time, but of one coefficient one after the other.
+    digit has the chance of its position. The digits of a token are told at once, but those of one coefficient in turn.
 
     Args:
         coefficient: Coefficient of every digit in (3, H, W) order, (K, D).
@@ -48,7 +48,6 @@ class PlanePrior(Prior):
     """
 
     kind = "planes"
-    STEP = 84
 
     def __init__(
         self,
@@ -100,10 +99,9 @@ class PlanePrior(Prior):
     def rounds(self, k: int, seen: np.ndarray) -> Iterator[tuple[slice | np.ndarray, np.ndarray]]:
         """See `Prior.rounds`."""
         end, known = self.count(k), Known(self, 1)
-        for whole in self.parts:
-            part = whole if whole[-1] < end else whole[whole < end]
-            if not len(part):
-                continue
+        for part in self.parts:
+            if part[0] >= end:
+                return
             found = self._chances[self._index(self.logits(known.features(part), part))][0]
             fresh = np.stack([found, TOTAL - 2 * found, found], 1)
             upper = self.upper[part].astype(np.int64)
@@ -123,8 +121,8 @@ class PlanePrior(Prior):
 
     def _parts(self) -> list[np.ndarray]:
         parts = []
-        for start in range(0, len(self.place), self.STEP):
-            turn = _occurrences(self.place[start : start + self.STEP])
+        for start in range(0, len(self.place), self.digits):
+            turn = _occurrences(self.place[start : start + self.digits])
             parts += [start + np.flatnonzero(turn == i) for i in range(turn.max() + 1)]
         return parts
 

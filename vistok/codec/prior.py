@@ -32,7 +32,7 @@ DAMAGE = (
 )
 """What a damaged archive makes its readers raise."""
 LUCK = 8
-"""Bytes by which a code may beat its ideal length for `Prior.most_tokens` to find it."""
+"""Bytes by which a code may beat its ideal length for `Prior.lengths` to find it."""
 
 
 class CodecError(ImportError):
@@ -83,8 +83,8 @@ class Prior:
     def rounds(self, k: int, seen: np.ndarray) -> Iterator[tuple[slice | np.ndarray, np.ndarray]]:
         """Which symbols are coded at once, and their distributions in whole numbers (n, V) of sum `TOTAL`.
 
-        A generator over the S symbols of k tokens, each once; `seen` (S,) holds the symbols of all earlier rounds by
-        the time the next one is asked for.
+        A generator over the S symbols of k tokens, each once, token by token, so that the rounds of fewer tokens are
+        the first ones; `seen` (S,) holds the symbols of all earlier rounds by the time the next one is asked for.
         """
         raise NotImplementedError
 
@@ -110,13 +110,40 @@ class Prior:
             CodecError: constriction is not installed.
             ValueError: More tokens than the prior knows.
         """
-        stream = _constriction().stream
-        k = self._checked(len(ids))
-        symbols, coder = self.symbols(ids), stream.queue.RangeEncoder()
-        family = stream.model.Categorical(perfect=False)
-        for part, counts in self.rounds(k, symbols):
-            coder.encode(symbols[part], family, counts.astype(np.float32) / TOTAL)
+        coder = _constriction().stream.queue.RangeEncoder()
+        for _ in self._coded(coder, ids):
+            pass
         return _shortest(coder)
+
+    def lengths(self, ids: Tensor, most: int | None = None) -> list[int]:
+        """Bytes of the codes of the first 1, 2, ... tokens; with `most`, of as many as could take at most so many.
+
+        A code is no longer than its ideal length and a few bytes, but a lucky one is shorter, so that lengths need not
+        grow with every token. (One that beats its ideal length by more than `LUCK` bytes, one in 2^64, is missed.)
+
+        Raises:
+            CodecError: constriction is not installed.
+            ValueError: More tokens than the prior knows.
+        """
+        coder, found, bits = _constriction().stream.queue.RangeEncoder(), [], 0.0
+        for done, more in self._coded(coder, ids):
+            bits += more
+            if done == self.count(len(found) + 1):
+                if most is not None and bits > 8 * (most + LUCK):
+                    break
+                found.append(len(_shortest(coder)))
+        return found
+
+    def _coded(self, coder: Any, ids: Tensor) -> Iterator[tuple[int, float]]:
+        """Code ids round by round; gives the symbols done and the ideal bits of the last ones."""
+        family = _constriction().stream.model.Categorical(perfect=False)
+        k, done = self._checked(len(ids)), 0
+        symbols = self.symbols(ids)
+        for part, counts in self.rounds(k, symbols):
+            now = symbols[part]
+            coder.encode(now, family, counts.astype(np.float32) / TOTAL)
+            done += len(now)
+            yield done, float(np.log2(TOTAL / counts[np.arange(len(now)), now]).sum())
 
     def decode(self, data: bytes, k: int) -> Tensor:
         """Inverse of `encode` for k tokens; bytes that no ids give lead to some other ids.
@@ -146,17 +173,9 @@ class Prior:
         raise NotImplementedError
 
     def most_tokens(self, ids: Tensor, size: int) -> int:
-        """Most tokens whose code takes at most `size` bytes; 0 if not even one does.
-
-        A code is no longer than its ideal length and a few bytes, but a lucky one is shorter, so that lengths need not
-        grow with every token: all that could fit are tried, the longest first. (A code that beats its ideal length by
-        more than `LUCK` bytes, one in 2^64, is missed.)
-        """
-        ideal = self.bits(ids[: self.tokens]).cumsum() / 8
-        for k in range(int((ideal <= size + LUCK).sum()), 0, -1):
-            if len(self.encode(ids[:k])) <= size:
-                return k
-        return 0
+        """Most tokens whose code takes at most `size` bytes; 0 if not even one does. See `lengths`."""
+        lengths = self.lengths(ids[: self.tokens], size)
+        return max((k for k, length in enumerate(lengths, 1) if length <= size), default=0)
 
     def _checked(self, k: int) -> int:
         if k > self.tokens:
@@ -234,8 +253,10 @@ class PositionPrior(Prior):
         return torch.from_numpy(symbols.astype(np.int64)).reshape(shape)
 
     def rounds(self, k: int, seen: np.ndarray) -> Iterator[tuple[slice | np.ndarray, np.ndarray]]:
-        """See `Prior.rounds`: everything at once."""
-        yield slice(0, self.count(k)), self.table[: self.count(k)]
+        """See `Prior.rounds`."""
+        step = self.count(1)
+        for start in range(0, self.count(k), step):
+            yield slice(start, start + step), self.table[start : start + step]
 
     @classmethod
     def fit(cls, ids: Tensor, vocab: Sequence[int]) -> PositionPrior:

@@ -165,7 +165,7 @@ class PlaneRefiner(nn.Module):
     Args:
         grid: Patches (h, w).
         patch_size: Side of a patch in pixels, a multiple of 4.
-        share: What one token adds to the amount, see `WHOLE`.
+        share: What one token adds to the amount, see `WHOLE`; the whole is the most.
         size: Shape of the transformer.
         channels: Width of the convolutions, which see the picture folded 4 x 4.
         blocks: Convolutional blocks after the transformer.
@@ -192,7 +192,7 @@ class PlaneRefiner(nn.Module):
 
     def forward(self, picture: Tensor, lengths: Tensor) -> Tensor:
         """Picture (B, 3, H, W) and tokens it was made of (B,) -> what to add to the picture, (B, 3, H, W)."""
-        share = lengths.to(picture.dtype) * self.share
+        share = (lengths.to(picture.dtype) * self.share).clamp_max(1)  # longer codes were not trained with
         amount = self.amount(torch.stack([share, share.clamp_min(1e-4).log2() / 8], -1))  # (B, D)
         x = F.pixel_unshuffle(2 * picture - 1, FOLD).contiguous(memory_format=torch.channels_last)
         x = self.before(self.stem(x))  # (B, channels, H / 4, W / 4)
