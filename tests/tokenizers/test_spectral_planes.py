@@ -108,3 +108,16 @@ def test_impossible_configurations_are_refused(change, match):
 def test_a_ternary_quantizer_says_how_many_digits_fit():
     with pytest.raises(ValueError, match="groups of at most 39 digits"):
         vistok.create("quantizer", "ternary", dim=80, groups=2)
+
+
+def test_a_longer_code_starts_from_the_same_decoder(tokenizer):
+    torch.manual_seed(1)
+    longer = vistok.create("tokenizer", "spectral_planes_tiny", num_tokens=80).eval()
+    longer.start_from(tokenizer, "the shorter one")
+    x = picture()
+    short, tokens = tokenizer.encode(x), longer.encode(x)
+    assert torch.equal(tokens.ids[:, :32], short.ids)
+    assert torch.equal(longer.decode(tokens[:, :32]), tokenizer.decode(short))
+    assert float((longer.decode(tokens) - x).abs().mean()) < float((longer.decode(tokens[:, :32]) - x).abs().mean())
+    drawn = longer.draw_lengths(torch.linspace(0, 0.9999, 1000, dtype=torch.float64))
+    assert drawn.min() == 1 and drawn.max() == 64  # the decoder counts 64 of its tokens as the whole

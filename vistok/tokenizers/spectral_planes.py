@@ -295,8 +295,12 @@ class SpectralPlanes(Tokenizer):
         return PlanePrior.fit(digits, self.code.coefficient.cpu().numpy(), self.code.size, radix)
 
     def draw_lengths(self, uniform: Tensor) -> Tensor:
-        """1 + floor(K u^1.5): every length occurs, short ones, which are harder, more often. int64, (B,)."""
-        return 1 + (uniform**1.5 * self.num_tokens).long().clamp_max(self.num_tokens - 1)
+        """1 + floor(W u^1.5): every length up to W occurs, short ones, which are harder, more often. int64, (B,).
+
+        W is K, or as many tokens as the decoder counts as the whole (`WHOLE`): more are for pictures of few details.
+        """
+        whole = min(self.num_tokens, round(1 / self.decoder.share))
+        return 1 + (uniform**1.5 * whole).long().clamp_max(whole - 1)
 
 
 preset(
