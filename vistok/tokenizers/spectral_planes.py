@@ -323,7 +323,7 @@ preset(
     builder="spectral_planes",
     weights=Weights(
         shipped="spectral_planes_128",
-        model_id="b5c45589",
+        model_id="0409cfb8",
         licence_code="Apache-2.0",
         licence_weights="Apache-2.0; pictures CC0, public domain, CC-BY and CC-BY-SA (see vistok/weights/NOTICE.md)",
         trained_on="178 free photographs and paintings (recipes/get_data.py --set photos,lessons)",
@@ -332,7 +332,7 @@ preset(
     config={
         "image_size": 128,
         "patch_size": 16,
-        "num_tokens": 256,
+        "num_tokens": 1024,
         "decoder": {"width": 256, "depth": 4, "heads": 8},
         "channels": 64,
         "blocks": 3,
