@@ -205,15 +205,3 @@ def test_zero_is_the_lower_sign():
     out = q(torch.zeros(1, 2, 32))
     assert int(out.ids.max()) == 0
     assert float(out.codes.max()) == -1
-
-
-def test_ids_of_a_single_scale_come_back():
-    q = build("multiscale", scales=[4], blend=0.0).eval()
-    ids = torch.arange(32).reshape(2, 16)
-    assert torch.equal(q.codes_to_ids(q.ids_to_codes(ids)), ids)
-
-
-def test_scales_that_overlap_do_not_pretend_to_be_invertible():
-    q = build("multiscale").eval()
-    with pytest.raises(ValueError, match="do not determine their ids. Keep the ids"):
-        q.codes_to_ids(q.ids_to_codes(q(features(q)).ids))

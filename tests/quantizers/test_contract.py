@@ -49,7 +49,7 @@ def test_ids_decode_to_the_codes_of_evaluation(kind):
     torch.testing.assert_close(q.ids_to_codes(out.ids), out.codes, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", [k for k in DISCRETE if k != "multiscale"])
+@pytest.mark.parametrize("kind", DISCRETE)
 def test_codes_to_ids_inverts_ids_to_codes(kind):
     q = build(kind).eval()
     ids = q(features(q, 3)).ids

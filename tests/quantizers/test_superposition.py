@@ -1,0 +1,63 @@
+"""Ids of multi-scale codes: which rows of the table add up to them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.quantizers.zoo import build, features
+
+
+def random_ids(q, batch: int, seed: int = 0) -> torch.Tensor:
+    shape = (batch, sum(p * p for p in q.scales))
+    return torch.randint(q.codebook_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"scales": [4], "blend": 0.0},
+        {"scales": [1]},
+        {"codebook_size": 1, "scales": [1, 2]},
+        {"codebook_size": 16, "dim": 4},
+        {"codebook_size": 1000, "dim": 2, "scales": [4]},
+        {"codebook_size": 5, "dim": 8},
+        {"shared_blends": 1, "blend": 0.2},
+        {"cosine": True},
+        {"codebook_size": 256, "dim": 16, "scales": [1, 2, 3, 4, 6, 8]},
+    ],
+)
+def test_random_ids_come_back(changes):
+    q = build("multiscale", **changes).eval()
+    ids = random_ids(q, 3)
+    assert torch.equal(q.codes_to_ids(q.ids_to_codes(ids)), ids)
+
+
+def test_ids_of_features_come_back_in_every_picture():
+    q = build("multiscale").eval()
+    ids = q(features(q, 20)).ids
+    assert torch.equal(q.codes_to_ids(q.ids_to_codes(ids)), ids)
+
+
+def test_the_first_of_equal_rows_comes_back():
+    q = build("multiscale").eval()
+    with torch.no_grad():
+        q.embedding.weight[40:] = q.embedding.weight[:24]
+    ids = random_ids(q, 2)
+    assert torch.equal(q.codes_to_ids(q.ids_to_codes(ids)), torch.where(ids >= 40, ids - 40, ids))
+
+
+def test_an_untrained_table_is_small_beside_the_bias():
+    q = build("multiscale").eval()
+    with torch.no_grad():
+        q.embedding.weight.uniform_(-1 / 64, 1 / 64)
+    ids = random_ids(q, 5)
+    assert torch.equal(q.codes_to_ids(q.ids_to_codes(ids)), ids)
+
+
+def test_codes_that_no_ids_decode_to_are_refused():
+    q = build("multiscale").eval()
+    codes = q.ids_to_codes(random_ids(q, 3))
+    codes[1] += 0.1 * torch.randn(16, 8, generator=torch.Generator().manual_seed(1))
+    with pytest.raises(ValueError, match=r"No ids were found that decode to codes \[1\]. Keep the ids"):
+        q.codes_to_ids(codes)
