@@ -27,6 +27,14 @@ def test_whole_files_are_counted_and_the_best_is_taken():
     assert small[0] <= 90 and errors[1] < errors[0]
 
 
+def test_the_container_of_avif_can_be_left_out_of_the_count():
+    picture = np.asarray(to_pil(Photos(split="heldout").files[0]).resize((64, 64)))
+    whole, body = (codec_candidates(picture, codec, 2000) for codec in ("AVIF", "AVIF body+10"))
+    assert len(whole) == len(body)
+    for (size, decoded), (less, same) in zip(whole, body):
+        assert 200 < size - less < 400 and np.array_equal(decoded, same)
+
+
 def test_a_report_is_written_and_budgets_are_kept(tokenizer, tmp_path):
     files = Photos(split="heldout").files[:2]
     result = run(tokenizer, files, out=tmp_path, budgets=(60, 150), metrics=("psnr", "ssim"), codecs=("JPEG", "WebP"))

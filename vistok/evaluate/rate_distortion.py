@@ -27,6 +27,9 @@ CODECS: dict[str, dict[str, Any]] = {
     "WebP": {"format": "WEBP", "method": 6, "qualities": (*range(0, 21), *range(22, 101, 4))},
     "AVIF": {"format": "AVIF", "speed": 6, "qualities": (*range(0, 61, 3), *range(65, 96, 10))},
 }
+CODECS["AVIF body+10"] = {**CODECS["AVIF"], "counted": "body"}
+"""AVIF's media data and as many bytes as a `.vtok` has beside its ids: no file, but what the codec alone can do."""
+BESIDE = 10
 METRICS = ("psnr", "ssim", "lpips_alex", "lpips_vgg", "dists", "effnet_cosine")
 BUDGETS = (64, 112, 208, 256)
 SHOWN = 8
@@ -67,7 +70,7 @@ def codec_candidates(picture: np.ndarray, codec: str, largest: int) -> list[tupl
     """
     from PIL import Image
 
-    options = {k: v for k, v in CODECS[codec].items() if k != "qualities"}
+    options = {k: v for k, v in CODECS[codec].items() if k not in ("qualities", "counted")}
     full, found = Image.fromarray(picture), []
     for scale in SCALES:
         size = (max(1, full.width // scale), max(1, full.height // scale))
@@ -75,12 +78,24 @@ def codec_candidates(picture: np.ndarray, codec: str, largest: int) -> list[tupl
         for quality in CODECS[codec]["qualities"]:
             file = io.BytesIO()
             small.save(file, quality=quality, **options)
-            if file.tell() > largest:
+            length = BESIDE + _media(file.getvalue()) if "counted" in CODECS[codec] else file.tell()
+            if length > largest:
                 break  # the next quality is no smaller
             decoded = Image.open(file).convert("RGB")
             if scale > 1:
                 decoded = decoded.resize(full.size, Image.Resampling.BICUBIC)
-            found.append((file.tell(), np.asarray(decoded)))
+            found.append((length, np.asarray(decoded)))
+    return found
+
+
+def _media(data: bytes) -> int:
+    """Bytes inside the `mdat` boxes of an ISO base media file."""
+    start, found = 0, 0
+    while start + 8 <= len(data):
+        size, kind = int.from_bytes(data[start : start + 4], "big"), data[start + 4 : start + 8]
+        size = size or len(data) - start  # 0: to the end
+        found += size - 8 if kind == b"mdat" else 0
+        start += max(size, 8)
     return found
 
 
@@ -96,7 +111,7 @@ def smallest_file(picture: np.ndarray, codec: str) -> int:
     """
     from PIL import Image
 
-    options = {k: v for k, v in CODECS[codec].items() if k != "qualities"}
+    options = {k: v for k, v in CODECS[codec].items() if k not in ("qualities", "counted")}
     full, sizes = Image.fromarray(picture), []
     for scale in SCALES:
         file = io.BytesIO()
