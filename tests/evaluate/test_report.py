@@ -169,6 +169,15 @@ def test_curves_group_by_prefix_and_skip_what_is_no_number():
     assert curves[1].series["lr"] == [(1.0, 0.1)]
 
 
+def test_usage_and_perplexity_have_diagrams_of_their_own():
+    log = [{"step": 1, "quantizer/usage": 0.2, "quantizer/perplexity": 300.0, "quantizer/dead_age": 20.0}]
+    assert [c.title for c in report.curves_from_log(log)] == [
+        "quantizer usage",
+        "quantizer perplexity",
+        "quantizer dead age",
+    ]
+
+
 def test_curves_can_be_chosen_by_key_or_prefix():
     log = [{"step": 1, "loss/a": 1.0, "loss/b": 2.0, "lr": 0.1, "usage": 0.5}]
     curves = report.curves_from_log(log, keys=["usage", "loss/"])

@@ -37,12 +37,17 @@ class Curve:
     log: bool | None = None
 
 
+UNLIKE = ("quantizer",)
+"""Parts before a `/` whose keys have scales of their own: usage, perplexity and age of dead codes."""
+
+
 def curves_from_log(
     records: Iterable[Mapping[str, Any]], *, keys: Sequence[str] | None = None, x: str = "step"
 ) -> list[Curve]:
     """Diagrams from the lines of `metrics.jsonl`.
 
-    Keys with the same part before the first `/` share a diagram (`loss/mse`, `loss/lpips`); the others get one each.
+    Keys with the same part before the first `/` share a diagram (`loss/mse`, `loss/lpips`), unless their values are not
+    alike (`UNLIKE`); the others get one each.
     Values that are no numbers are skipped.
 
     Args:
@@ -69,8 +74,11 @@ def curves_from_log(
     groups: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for key, points in found.items():
         head, _, rest = key.partition("/")
-        groups.setdefault(head, {})[rest or key] = points
-    return [Curve(title=_title(head, series), series=series, x_label=x) for head, series in groups.items()]
+        groups.setdefault(key if head in UNLIKE else head, {})[rest or key] = points
+    return [
+        Curve(title=_title(group.partition("/")[0], series), series=series, x_label=x)
+        for group, series in groups.items()
+    ]
 
 
 def _title(head: str, series: Mapping[str, Any]) -> str:
