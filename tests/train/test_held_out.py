@@ -12,7 +12,7 @@ from PIL import Image
 
 from tests.tokenize.test_job import Colours, job
 from tests.train.tiny import recipe
-from vistok.config import ConfigError, create
+from vistok.config import ConfigError, create, merge
 from vistok.data.base import files_of, write_files
 from vistok.tokenize.views import Views
 from vistok.train.loop import train
@@ -40,7 +40,7 @@ def shard(tmp_path, monkeypatch) -> Path:
 
 
 def figures(out: Path, data: dict) -> dict:
-    return train(recipe(out, {**SHORT, "eval": {"data": data, "metrics": ["psnr"]}})).figures
+    return train(recipe(out, merge(SHORT, {"eval": {"data": data, "metrics": ["psnr"]}}))).figures
 
 
 def test_shards_give_the_figures_of_the_same_pictures_in_a_folder(shard, tmp_path):
@@ -69,4 +69,12 @@ def test_what_cannot_be_evaluated_is_refused_before_the_training(tmp_path):
     job(tmp_path / "ids", Colours(), views=Views(augment="flip"))
     with pytest.raises(ConfigError, match=r"eval\.data\.name: an evaluation reads pictures, and 'ids' gives tokens"):
         figures(tmp_path / "run", {"name": "ids", "path": str(tmp_path / "ids")})
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_refused_recipe_leaves_no_folder_of_a_tracker(tmp_path):
+    pytest.importorskip("tensorboard")
+    over = {"train": {"trackers": ["tensorboard"], "freeze": ["nothing.*"]}}
+    with pytest.raises(ValueError, match=r"train\.freeze"):
+        train(recipe(tmp_path / "run", merge(SHORT, over)))
     assert not (tmp_path / "run").exists()

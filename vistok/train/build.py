@@ -134,6 +134,7 @@ def start(recipe: Recipe) -> Run:
     run.ema = EMA(run.model, config.ema) if config.ema else None
     if found is not None:
         _continue(run, found)
+    accelerator.init_trackers("tensorboard")  # it writes into the folder, which a refused recipe must not leave behind
     if accelerator.is_main_process:
         config.out.mkdir(parents=True, exist_ok=True)
         write_yaml(recipe.resolved(), config.out / checkpoint.RECIPE)
@@ -240,7 +241,6 @@ def _accelerator(recipe: Recipe) -> Accelerator:
             f"or FSDP. Start it with accelerate launch --multi_gpu or --use_fsdp, or change the configuration."
         )
     accelerator.gradient_accumulation_steps = accumulation(config, accelerator.num_processes)
-    accelerator.init_trackers("tensorboard")
     return accelerator
 
 
