@@ -65,6 +65,13 @@ def test_runs_that_determine_nothing_are_refused():
         fit(RUNS[:7])
     with pytest.raises(ValueError, match="offset=0.9 is not below the smallest error"):
         fit(RUNS, 0.9)
+    with pytest.raises(ValueError, match="grow together"):
+        fit([Run(n, 10 * n, 0.5 / n) for n in (1, 2, 4, 8)])
+
+
+def test_tables_of_spreadsheets_are_read(tmp_path):
+    (tmp_path / "runs.csv").write_bytes(b"\xef\xbb\xbfparams, tokens, score\r\n\r\n0.5, 4, 0.4\r\n")
+    assert read_runs(tmp_path / "runs.csv") == [Run(0.5, 4, 0.6)]
 
 
 def test_the_command_reads_a_table_and_draws(tmp_path, capsys):
@@ -83,11 +90,15 @@ def test_the_command_reads_a_table_and_draws(tmp_path, capsys):
     ("text", "message"),
     [
         ("a,b\n1,2", "expected the columns params, tokens and error"),
-        ("params,tokens,error\n1,2,x", "line 2: expected numbers"),
+        ("params,tokens,error\n1,2,x", "line 2: expected 3 numbers"),
+        ("params,tokens,error\n1,2", "line 2: expected 3 numbers"),
+        ("params,tokens,error\n1,2,0.5,9", "line 2: expected 3 numbers"),
+        ("params,tokens,error\ninf,2,0.5", "line 2: params and tokens are above 0 and finite"),
+        ("\xff", "not written in UTF-8"),
         ("params,tokens,error\n1,2,0.5\n1,0,0.5", "line 3: params and tokens are above 0"),
     ],
 )
 def test_a_broken_table_names_its_line(tmp_path, text, message, capsys):
-    (tmp_path / "runs.csv").write_text(text)
+    (tmp_path / "runs.csv").write_bytes(text.encode("latin-1"))
     assert run(["scaling", str(tmp_path / "runs.csv")]) == 2
     assert message in capsys.readouterr().err

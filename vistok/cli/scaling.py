@@ -11,7 +11,7 @@ import typer
 def scaling(
     runs: Annotated[Path, typer.Argument(help="CSV with the columns params (billions), tokens and error or score.")],
     out: Annotated[Path, typer.Option(help="Picture to write.")] = Path("scaling.png"),
-    text: Annotated[float, typer.Option(help="Text tokens of a prompt.")] = 50,
+    text: Annotated[float, typer.Option(min=0, help="Text tokens of a prompt.")] = 50,
     budget: Annotated[float | None, typer.Option(help="FLOPs of a prompt: print the best choice within it.")] = None,
     free_offset: Annotated[bool, typer.Option(help="Look for the offset D in [0, 0.3] instead of 0.")] = False,
 ) -> None:

@@ -10,6 +10,7 @@ One Visual Token", arXiv 2411.03312, eq. 3); inference takes 2 N (Q + T) FLOPs w
 from __future__ import annotations
 
 import csv
+import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -58,9 +59,10 @@ class Law:
         return self.scale * params**-self.alpha * tokens**-self.beta + self.offset
 
     def __str__(self) -> str:
+        ratio = self.beta / self.alpha if self.alpha else math.nan
         return (
             f"error = {self.scale:.3f} / (N^{self.alpha:.4f} T^{self.beta:.4f}) + {self.offset:.3f}   "
-            f"(beta / alpha {self.beta / self.alpha:.2f}; {self.runs} runs, largest error {self.worst:.4f})"
+            f"(beta / alpha {ratio:.2f}; {self.runs} runs, largest error {self.worst:.4f})"
         )
 
 
@@ -83,21 +85,29 @@ def read_runs(path: str | Path) -> list[Run]:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no table of runs {str(path)!r}.")
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")  # spreadsheets begin their files with a mark
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is no table: it is not written in UTF-8.") from None
+    rows = csv.reader(io.StringIO(text, newline=""), skipinitialspace=True)
+    names = [name.strip() for name in next(rows, [])]
+    if not {"params", "tokens"} <= set(names) or not {"error", "score"} & set(names):
+        raise ValueError(f"{path}: expected the columns params, tokens and error (or score), got {names}.")
     found = []
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = csv.DictReader(file)
-        names = set(rows.fieldnames or ())
-        if not {"params", "tokens"} <= names or not names & {"error", "score"}:
-            raise ValueError(f"{path}: expected the columns params, tokens and error (or score), got {sorted(names)}.")
-        for row in rows:
-            try:
-                error = float(row["error"]) if "error" in names else 1 - float(row["score"])
-                run = Run(float(row["params"]), float(row["tokens"]), error)
-            except (TypeError, ValueError):
-                raise ValueError(f"{path}, line {rows.line_num}: expected numbers, got {list(row.values())}.") from None
-            if not (run.params > 0 and run.tokens > 0 and 0 < run.error < 1):
-                raise ValueError(f"{path}, line {rows.line_num}: params and tokens are above 0, the error in (0, 1).")
-            found.append(run)
+    for cells in filter(None, rows):
+        row = dict(zip(names, cells))
+        try:
+            if len(cells) != len(names):
+                raise ValueError
+            error = float(row["error"]) if "error" in names else 1 - float(row["score"])
+            run = Run(float(row["params"]), float(row["tokens"]), error)
+        except ValueError:
+            raise ValueError(f"{path}, line {rows.line_num}: expected {len(names)} numbers, got {cells}.") from None
+        if not (0 < run.params < math.inf and 0 < run.tokens < math.inf and 0 < run.error < 1):
+            raise ValueError(
+                f"{path}, line {rows.line_num}: params and tokens are above 0 and finite, the error in (0, 1)."
+            )
+        found.append(run)
     return found
 
 
@@ -110,19 +120,26 @@ def fit(runs: Sequence[Run], offset: float | None = 0.0) -> Law:
             so quote beta / alpha rather than D.
 
     Raises:
-        ValueError: Too few runs, or runs of one size or one number of tokens.
+        ValueError: Too few runs, runs of one size or one number of tokens, or tokens that grow with size on one line.
     """
     table = np.array([(r.params, r.tokens, r.error) for r in runs], dtype=np.float64)
     if len(runs) < 4 or any(len(set(column)) < 2 for column in table[:, :2].T):
         raise ValueError("A law needs at least 4 runs, of more than one size and more than one number of tokens.")
+    if np.linalg.matrix_rank(_design(table)) < 3:
+        raise ValueError("Tokens and sizes grow together in these runs, so they cannot be told apart. Add other pairs.")
     if offset is not None:
         return _fit(table, offset)
     smallest = table[:, 2].min()
     return min((_fit(table, float(d)) for d in OFFSETS if d < smallest), key=lambda law: law.squares)
 
 
+def _design(table: np.ndarray) -> np.ndarray:
+    """What log A, alpha and beta are multiplied by, (runs, 3)."""
+    return np.column_stack([np.ones(len(table)), -np.log(table[:, 0]), -np.log(table[:, 1])])
+
+
 def _fit(table: np.ndarray, offset: float) -> Law:
-    x = np.column_stack([np.ones(len(table)), -np.log(table[:, 0]), -np.log(table[:, 1])])  # log A, alpha, beta
+    x = _design(table)
     wanted = table[:, 2] - offset
     if wanted.min() <= 0:
         raise ValueError(f"offset={offset} is not below the smallest error, {table[:, 2].min():.4g}.")
@@ -198,8 +215,6 @@ def plan(
 
 def plot(law: Law, runs: Sequence[Run], *, text: float, path: str | Path) -> Path:
     """Error against FLOPs: runs, the law per size, and the inference-optimal frontier, as a PNG."""
-    import io
-
     from matplotlib.figure import Figure
 
     from vistok.hub import write_atomic
