@@ -78,6 +78,18 @@ def test_the_command_prints_stored_costs(capsys, tmp_path, costs):
     assert run(["list", "method", "--costs", str(tmp_path / "none.json")]) == 2
 
 
+@pytest.mark.parametrize("text", ["{", "[]", '{"methods": 3}', '{"methods": {"tome": {"flops": "x"}}}'])
+def test_a_file_without_costs_is_refused(tmp_path, capsys, text):
+    (tmp_path / "costs.json").write_text(text)
+    assert run(["list", "method", "--costs", str(tmp_path / "costs.json")]) == 2
+    assert "holds no costs of methods" in capsys.readouterr().err
+
+
+def test_a_share_that_keeps_nothing_is_refused(tmp_path, capsys):
+    assert run(["bench", "methods", "--keep", "0", "--out", str(tmp_path / "costs.json")]) == 2
+    assert "keep=0.0" in capsys.readouterr().err
+
+
 def test_stored_costs_know_the_methods():
     stored = json.loads(STORED.read_text())
     assert stored["host"] == bench_methods.HOST and stored["image_tokens"] == 576

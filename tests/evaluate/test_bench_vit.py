@@ -40,6 +40,11 @@ def test_a_setting_names_its_method():
         bench_vit.run([towers.vit()], settings=[{"r": 5}])
 
 
+def test_a_model_that_timm_lacks_is_refused():
+    with pytest.raises(ValueError, match="vit_tiny_patch16_22.*Did you mean.*'vit_tiny_patch16_224'"):
+        bench_vit.run(["vit_tiny_patch16_22"], settings=SETTINGS, rounds=1)
+
+
 def test_published_costs_of_vit_small():
     """The table of ToMe's card: 4.54 GMAC, 3.36 at r = 8, 2.64 at 13, 2.23 at 16; ours within its rounding."""
     import timm

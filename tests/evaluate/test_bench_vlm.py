@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from vistok.cli.vlm import share
 from vistok.evaluate.bench_vlm import VlmBench, random_inputs, random_llava, run, table
 
 
@@ -61,3 +62,9 @@ def test_the_process_clock_is_for_one_thread():
             run(clock="process")
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("text", ["0", "0.0", "1.5", "-1", "nan", "x"])
+def test_a_budget_of_nothing_is_refused_before_anything_runs(text):
+    with pytest.raises(ValueError, match="shares in"):
+        share(text)

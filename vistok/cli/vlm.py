@@ -98,6 +98,9 @@ def share(text: str) -> float | int:
         ValueError: Neither.
     """
     try:
-        return int(text) if text.isdigit() and int(text) > 1 else float(text)
+        found = int(text) if text.isdigit() and int(text) > 1 else float(text)
     except ValueError:
-        raise ValueError(f"--keep takes shares in (0, 1] or numbers of tokens, got {text!r}.") from None
+        found = 0
+    if (isinstance(found, float) and not 0 < found <= 1) or not found:
+        raise ValueError(f"--keep takes shares in (0, 1] or numbers of tokens, got {text!r}.")
+    return found

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vistok.compress.budget import check_keep
 from vistok.compress.method import FeatureMethod, Method
 from vistok.compress.trained import TrainedMethod
 from vistok.config import create
@@ -44,7 +45,11 @@ def measure(host: Mapping[str, int] = HOST, keep: float = KEEP, methods: list[st
     Returns:
         host, keep, image_tokens, and for every method `flops` (share of the untouched host's) and `left` (image tokens
         in the last layer), or `refused` with the reason.
+
+    Raises:
+        ValueError: `keep` is no share in (0, 1].
     """
+    check_keep(keep)
     model, inputs = _host(dict(host))
     whole = _count(model, inputs, None)["flops"]
     rows: dict[str, Any] = {}
@@ -133,12 +138,24 @@ def table(costs: Mapping[str, Any] | str | Path | None = None) -> tuple[tuple[st
 
     Raises:
         FileNotFoundError: There is no such file.
+        ValueError: It does not hold what `measure` gives.
     """
     if isinstance(costs, (str, Path)):
-        costs = json.loads(Path(costs).read_text())
+        costs = _read(Path(costs))
     stored = {} if costs is None else costs["methods"]
     head = ("method", "stages", "does", "attention", "text", "training", "hosts", "towers alone", "FLOPs>", "left>")
     return head, [_table_row(name, stored.get(name, {})) for name in names()]
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    """Stored costs."""
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if all(isinstance(row.get("flops", 0.0), (int, float)) for row in found["methods"].values()):
+            return found
+    except (ValueError, TypeError, KeyError, AttributeError):
+        pass
+    raise ValueError(f"{path} holds no costs of methods. `vistok bench methods --out {path}` writes such a file.")
 
 
 def _table_row(name: str, cost: Mapping[str, Any]) -> tuple[str, ...]:

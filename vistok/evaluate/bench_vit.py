@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from vistok.evaluate import bench_selections
+from vistok.registry import nearest
 
 MODELS = ("vit_small_patch16_224", "vit_base_patch16_224")
 SETTINGS: tuple[dict[str, Any], ...] = (
@@ -129,6 +130,8 @@ def _built(model: str | nn.Module) -> Any:
         return model.eval()
     import timm
 
+    if ":" not in model and not timm.is_model(model):
+        raise ValueError(f"timm has no model named {model!r}. {nearest(model, timm.list_models())}")
     torch.manual_seed(0)
     return timm.create_model(model, pretrained=False).eval().requires_grad_(False)
 
