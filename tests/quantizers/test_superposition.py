@@ -61,3 +61,10 @@ def test_codes_that_no_ids_decode_to_are_refused():
     codes[1] += 0.1 * torch.randn(16, 8, generator=torch.Generator().manual_seed(1))
     with pytest.raises(ValueError, match=r"No ids were found that decode to codes \[1\]. Keep the ids"):
         q.codes_to_ids(codes)
+
+
+@pytest.mark.slow
+def test_ids_of_the_published_size_come_back():
+    q = build("multiscale", codebook_size=4096, dim=32, scales=[1, 2, 3, 4, 5, 6, 8, 10, 13, 16]).eval()
+    ids = random_ids(q, 1)
+    assert torch.equal(q.codes_to_ids(q.ids_to_codes(ids)), ids)
