@@ -62,11 +62,12 @@ def test_digit_priors_are_lossless(planes):
     assert abs(8 * len(prior.encode(tokens.ids[0])) - prior.bits(tokens.ids[0]).sum()) <= 40
 
 
-def test_most_tokens_is_the_longest_prefix_that_fits(planes):
-    prior, tokens = planes
-    k = prior.most_tokens(tokens.ids[0], 20)
-    assert len(prior.encode(tokens.ids[0, :k])) <= 20
-    assert k == 12 or len(prior.encode(tokens.ids[0, : k + 1])) > 20
+def test_lengths_are_those_of_the_codes_of_all_prefixes(planes, prior):
+    for one, ids in ((planes[0], planes[1].ids[0]), (prior, skewed(1)[0])):
+        every = [len(one.encode(ids[:k])) for k in range(1, len(ids) + 1)]
+        assert one.lengths(ids) == every
+        few = one.lengths(ids, 4)
+        assert few == every[: len(few)] and all(length > 4 for length in every[len(few) :])
 
 
 def test_distributions_are_whole_numbers_and_nothing_is_impossible():

@@ -116,9 +116,9 @@ def test_a_caption_counts() -> None:
     tokens = tokenizer.encode(FOLDER / "01-cat.jpg")
     tokenizer.prior = vistok.codec.prior.fit(tokenizer, tokens.ids)
     named = vistok.Tokens(ids=tokens.ids, vocab=tokens.vocab, size=tokens.size, text=("a cat, 猫",))
-    found = fitting(tokenizer, named, 60)
-    assert len(to_bytes(found, "00000000", tokenizer.prior)) <= 60
-    assert found.num_tokens < fitting(tokenizer, tokens, 60).num_tokens
+    found = fitting(tokenizer, named, 30)
+    assert len(tokenizer.to_bytes(found)) <= 30
+    assert found.num_tokens < fitting(tokenizer, tokens, 30).num_tokens
 
 
 def test_a_picture_that_does_not_fit_is_named_and_not_written(

@@ -172,11 +172,6 @@ class Prior:
         """Symbols of k tokens."""
         raise NotImplementedError
 
-    def most_tokens(self, ids: Tensor, size: int) -> int:
-        """Most tokens whose code takes at most `size` bytes; 0 if not even one does. See `lengths`."""
-        lengths = self.lengths(ids[: self.tokens], size)
-        return max((k for k, length in enumerate(lengths, 1) if length <= size), default=0)
-
     def _checked(self, k: int) -> int:
         if k > self.tokens:
             raise ValueError(f"The prior knows codes of up to {self.tokens} tokens, these have {k}.")

@@ -27,19 +27,15 @@ def fitting(tokenizer: Any, tokens: Tokens, size: int) -> Tokens:
         ValueError: Not even one token fits, or the tokenizer is not nested and its tokens do not fit.
     """
     full, bare = int(tokens.lengths[0]), tokenizer.portable(tokens)
-    k = max(_most(tokenizer, bare, size, most) for most in {full, min(full, 127)})  # 127: their number takes one byte
+    k = bisect_count(full, lambda n: overhead(bare, n) + packed_bytes(n, tokens.vocab) <= size)
+    if tokenizer.coder is not None:
+        assert tokens.ids is not None
+        lengths = tokenizer.coder.lengths(tokens.ids[0, : min(full, len(tokenizer.coder))], size)
+        k = max([k, *(n for n, length in enumerate(lengths, 1) if overhead(bare, n) + length <= size)])
     if k == 0 or (k < full and not tokenizer.nested):
         what = "even one token takes" if tokenizer.nested else f"all {full} tokens of {tokenizer.registry_name} take"
         raise ValueError(f"A file of {size} bytes is too small: {what} more.")
     return tokens[:, :k]
-
-
-def _most(tokenizer: Any, tokens: Tokens, size: int, most: int) -> int:
-    """The longest prefix of at most `most` tokens that fits beside as many bytes as `most` tokens have."""
-    room, vocab = size - overhead(tokens, most), tokens.vocab
-    assert tokens.ids is not None
-    packed = bisect_count(most, lambda n: packed_bytes(n, vocab) <= room)
-    return packed if tokenizer.coder is None else max(packed, tokenizer.coder.most_tokens(tokens.ids[0, :most], room))
 
 
 def bisect_count(most: int, holds: Any) -> int:
