@@ -29,7 +29,7 @@ def test_pyramiddrop_matches_the_official_decoder(golden):
         assert decoder.lengths(out) == ref["kv_len"].tolist()
         steps = decoder.decode(model, out, 201, 2, sum(layout))
     for stage, note in enumerate(notes):
-        torch.testing.assert_close(note["scores"], ref[f"score_stage{stage}"], atol=1e-6, rtol=0)
+        torch.testing.assert_close(note["scores"], ref[f"score_stage{stage}"], atol=1e-6, rtol=1e-5)
         assert torch.equal(note["kept"], ref[f"kept_stage{stage}"])
     torch.testing.assert_close(out.last_hidden_state[0, -4:], ref["last_hidden"], atol=2e-4, rtol=0)
     torch.testing.assert_close(steps, ref["decode_hidden"], atol=2e-4, rtol=0)
