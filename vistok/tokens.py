@@ -282,6 +282,11 @@ def to_bytes(tokens: Tokens, model_id: str, prior: Prior | None = None) -> bytes
     return head + struct.pack(">H", binascii.crc_hqx(head + body, start)) + body
 
 
+def is_coded(data: bytes) -> bool:
+    """Whether the ids of a container are entropy-coded."""
+    return bool(data[2] & FLAG_CODED)
+
+
 def overhead(tokens: Tokens, k: int) -> int:
     """Bytes of a container of the first k tokens of one picture beside its ids."""
     return HEADER.size + len(_front(tokens, k))

@@ -52,6 +52,12 @@ def test_bytes_are_those_of_the_whole_file(viewer: Viewer, look: Look):
     assert view.raw == 64 * 64 * 3 and not view.coded
 
 
+def test_entropy_coded_files_are_called_so(photos: list[Path]):
+    shipped = Viewer(vistok.load("spectral_planes_128.free").eval(), "shipped")
+    view = shipped.look(photos[1]).at(16)
+    assert view.coded and view.size < 60
+
+
 def test_what_is_shown_is_what_decoding_gives(viewer: Viewer, look: Look):
     tokens = viewer.tokenizer.encode(look.pixels)
     rebuilt = viewer.tokenizer.decode(tokens[:, :8])

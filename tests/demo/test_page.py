@@ -141,7 +141,7 @@ def test_a_tokenizer_of_one_length_and_a_model_of_ones_own(tmp_path: Path) -> No
         tab.wait_for_selector("#vt-view .vt-cards img")
         assert "always makes 16 tokens" in str(tab.text_content("body"))
         assert tab.locator("#vt-tokens input[type=range]").is_disabled()
-        assert (figure(tab, "tokens"), figure(tab, "bytes")) == ("16", "32")
+        assert (figure(tab, "tokens"), figure(tab, "bytes")) == ("16", "26")
         tab.get_by_role("tab", name="Tokens a VLM keeps").click()
         tab.wait_for_selector("#vt-kept .vt-said")
         assert "all tokens" in str(tab.text_content("#vt-kept .vt-said"))

@@ -15,7 +15,7 @@ from vistok.evaluate.metric import Metric, build_metrics
 from vistok.evaluate.rate_distortion import codec_candidates, smallest_file
 from vistok.image import PictureError, to_pictures, to_pil, to_tensor, to_uint8
 from vistok.tokenizers.base import Tokenizer
-from vistok.tokens import Tokens
+from vistok.tokens import Tokens, is_coded
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -164,7 +164,7 @@ class Look:
             of=self.most,
             size=None if file is None else len(file),
             raw=self.pixels.numel(),
-            coded=file is not None and bool(file[3] & 2),
+            coded=file is not None and is_coded(file),
             original=to_pictures(self.pixels)[0],
             reconstruction=to_pictures(rebuilt)[0],
             residual=to_pictures((0.5 + GAIN / 2 * (self.pixels - rebuilt)).clamp(0, 1))[0],

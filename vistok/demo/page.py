@@ -147,7 +147,7 @@ def _picture_input(gr: Any, where: str) -> tuple[Any, Any]:
 
 
 def _tokens_tab(gr: Any, page: Any, viewer: Viewer) -> None:
-    start = min(viewer.most, max(viewer.least, viewer.most // 4))
+    start = min(viewer.most, max(viewer.least, min(viewer.most // 4, 64)))
     state, curves = gr.State(), gr.State({})
     with gr.Row():
         with gr.Column(scale=1, min_width=260):
