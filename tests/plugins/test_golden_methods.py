@@ -28,8 +28,10 @@ def test_pyramiddrop_matches_the_official_decoder(golden):
         out = decoder.prefill(model, decoder.prompt(200, layout, 64), layout, use_cache=True)
         assert decoder.lengths(out) == ref["kv_len"].tolist()
         steps = decoder.decode(model, out, 201, 2, sum(layout))
+    # The file's bound where its kernels are: it is itself 1.2e-6 off float64, and without AVX-512 we are 1.6e-6 off it.
+    bound = 1e-6 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 2e-6
     for stage, note in enumerate(notes):
-        torch.testing.assert_close(note["scores"], ref[f"score_stage{stage}"], atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(note["scores"], ref[f"score_stage{stage}"], atol=bound, rtol=0)
         assert torch.equal(note["kept"], ref[f"kept_stage{stage}"])
     torch.testing.assert_close(out.last_hidden_state[0, -4:], ref["last_hidden"], atol=2e-4, rtol=0)
     torch.testing.assert_close(steps, ref["decode_hidden"], atol=2e-4, rtol=0)

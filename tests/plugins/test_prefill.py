@@ -74,7 +74,8 @@ def test_removing_equals_masking(llava, eager, name, attn):
         assert sum(plugin.trace.cached[-1]) < sum(plugin.trace.cached[0])
     tokens = out.sequences[:, inputs["input_ids"].shape[1] :]
     expected = hosts.emulate(model, inputs, call, tokens)
-    torch.testing.assert_close(hosts.logits(out), expected, atol=2e-5, rtol=0)  # 1.1e-5 seen without AVX-512
+    bound = 1e-5 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 2e-5  # float32 without it: 1.1e-5 seen
+    torch.testing.assert_close(hosts.logits(out), expected, atol=bound, rtol=0)
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n not in FREE])

@@ -232,8 +232,9 @@ class Tokenizer(Sized):
         return self.prior if self.prior is not None and available() else None
 
     def portable(self, tokens: Tokens) -> Tokens:
-        """Tokens without what the model knows anyway: the size of the picture, if it is that of `preprocess`."""
-        return dataclasses.replace(tokens, size=None) if tokens.size == tuple(self.preprocess.size) else tokens
+        """Tokens without what the model knows anyway: the size of the picture, if it takes one size only."""
+        known = self.multiple is None and tokens.size == tuple(self.preprocess.size)
+        return dataclasses.replace(tokens, size=None) if known else tokens
 
     def to_bytes(self, tokens: Tokens, *, coded: bool = True) -> bytes:
         """One picture's tokens as a `.vtok` file of this model; see `vistok.tokens.to_bytes`.
