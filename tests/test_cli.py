@@ -240,6 +240,7 @@ def test_several_token_counts_make_a_ladder(capsys: Any, nested: str, pictures: 
         ("encode", ("--tokens", 17), "num_tokens is 1..16 for this tokenizer, got 17"),
         ("encode", ("--caption", "a cat"), "one_d_piece has no option 'text'"),
         ("reconstruct", ("--tokens", "1,x"), "--tokens takes integers separated by commas"),
+        ("reconstruct", ("--tokens", "0"), "num_tokens is 1..16 for this tokenizer, got 0"),
         ("reconstruct", ("--tokens", "1,99"), "num_tokens is 1..16 for this tokenizer, got 99"),
     ],
 )
@@ -247,6 +248,7 @@ def test_options_that_do_not_fit_are_one_line(
     capsys: Any, nested: str, pictures: Path, tmp_path: Path, command: str, options: Any, expected: str
 ) -> None:
     assert expected in failed(capsys, command, nested, pictures, "--out", tmp_path / "out", *options)
+    assert not (tmp_path / "out").exists()
 
 
 def test_captions_go_in_and_along(capsys: Any, pictures: Path, tmp_path: Path) -> None:

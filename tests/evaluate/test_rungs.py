@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 import vistok
+from vistok.evaluate.grid import count_tokens
 from vistok.evaluate.pixel import Psnr
 from vistok.evaluate.run import evaluate
 from vistok.image import read_batches
@@ -33,3 +34,7 @@ def test_a_tokenizer_of_one_length_has_no_ladder(photos, tmp_path):
     tok = vistok.create("tokenizer", "titok_tiny").eval()
     with pytest.raises(ValueError, match="always makes 16 tokens"):
         evaluate(tok, photos[:1], metrics=["psnr"], out=tmp_path, lengths=(4,))
+
+
+def test_one_token_is_not_several():
+    assert [count_tokens(k) for k in (1, 2, 64)] == ["1 token", "2 tokens", "64 tokens"]

@@ -15,6 +15,7 @@ from vistok.flow import (
     EulerMaruyamaSampler,
     EulerSampler,
     RectifiedFlow,
+    Sampling,
     shift_time,
     time_features,
 )
@@ -101,6 +102,11 @@ def test_laws_of_the_training_times():
         (lambda: RectifiedFlow(prediction="data", least_t=0), "least_t"),
         (lambda: EulerSampler(0), "at least 1 step"),
         (lambda: EulerSampler(3, shift=0), "shift is positive"),
+        (lambda: CFG(-1.0), "at least 0, and 1 for no guidance; got -1.0"),
+        (lambda: APG(math.nan), "at least 0"),
+        (lambda: Sampling(steps=0), "at least 1 step"),
+        (lambda: Sampling(shift=-1.0), "shift is positive"),
+        (lambda: Sampling(guidance=-2.0), "at least 0"),
         (lambda: EulerMaruyamaSampler(3, last=0), "last=0"),
         (lambda: EulerMaruyamaSampler(3)(lambda x, t: x, torch.zeros(1), noises=[]), "3 steps need 2 noises"),
     ],
@@ -124,21 +130,34 @@ def test_straight_paths_are_integrated_exactly(name, steps):
 
 
 @pytest.mark.parametrize(
-    ("name", "order", "each"),
-    [("euler", 1, 1), ("heun", 2, 2), ("midpoint", 2, 2), ("rk4", 4, 4), ("ab2", 2, 1)],
+    ("name", "order", "each", "saved"),
+    [("euler", 1, 1, 0), ("heun", 2, 2, 1), ("midpoint", 2, 2, 0), ("rk4", 4, 4, 1), ("ab2", 2, 1, 0)],
 )
 @pytest.mark.parametrize("shift", [1.0, 2.0])
-def test_samplers_have_their_order(name, order, each, shift):
+def test_samplers_have_their_order(name, order, each, saved, shift):
     """dx/dt = x sin(3 t) from t = 1 to 0; halving the step divides the error by 2^order."""
     exact = math.exp((math.cos(3.0) - 1) / 3)
 
     def error(steps):
         sampler = SAMPLERS[name](steps, shift=shift)
-        assert sampler.evaluations == each * steps
+        assert sampler.evaluations == each * steps - saved
         x = sampler(lambda x, t: x * math.sin(3 * t), torch.ones(1, dtype=torch.float64))
         return abs(float(x) - exact)
 
     assert math.log2(error(40) / error(80)) == pytest.approx(order, abs=0.35)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("steps", [1, 4])
+def test_nothing_is_asked_at_the_data_end_where_data_predictions_are_divided_by_t(name, steps):
+    data, noise, flow = torch.randn(2, 6), torch.randn(2, 6), RectifiedFlow(prediction="data")
+    sampler = SAMPLERS[name](steps)
+    assert min(sampler.evaluated) > 0
+
+    def field(x, t):
+        return flow.velocity(data + 0.01 * torch.sin(50 * x), x, torch.full((2,), t))  # a prediction a little off
+
+    assert float((sampler(field, noise) - data).abs().max()) < 0.05
 
 
 def test_official_grid_and_shifted_grid():

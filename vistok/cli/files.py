@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -74,9 +74,9 @@ def refuse_shared(path: Path, what: str, places: Mapping[Path, Path]) -> None:
             raise ValueError(f"{file} and {what} would both become {path}. Rename the file.")
 
 
-def make_folders(places: Mapping[Path, Path]) -> None:
-    """Make the folders of the results."""
-    for folder in {target.parent for target in places.values()}:
+def make_folders(results: Iterable[Path]) -> None:
+    """Make the folders of results that are about to be written; not before, so that a refused command leaves none."""
+    for folder in {result.parent for result in results}:
         folder.mkdir(parents=True, exist_ok=True)
 
 

@@ -63,7 +63,6 @@ def encode(
     tokenizer = load(model, device, whole=whole)
     if not tokenizer.quantizer.vocab_sizes:
         raise ValueError(f"{model} has continuous latents, which a .vtok file cannot hold. Use a model with ids.")
-    files.make_folders(places)
     broken, total, count, short, shown = files.Broken(), 0, 0, 0, ""
     with progress("encode", len(found)) as advance:
         for paths, images in read_batches(list(found), tokenizer.preprocess, batch, broken=broken.reasons):
@@ -74,6 +73,7 @@ def encode(
             singles = {path: made[i] for i, path in enumerate(paths)}
             if size is not None:
                 singles = _cut(tokenizer, singles, size, broken)
+            files.make_folders(places[path] for path in singles)
             for path, one in singles.items():
                 data = tokenizer.to_bytes(one)
                 write_atomic(places[path], data)
@@ -106,11 +106,12 @@ def decode(
     found = files.collect(sources, lambda source: find_files(source, files.VTOK, ".vtok files"))
     places = files.targets(found, out, ".png", overwrite=overwrite)
     tokenizer = load(model, device)
-    files.make_folders(places)
     broken, count = files.Broken(), 0
     with progress("decode", len(found)) as advance:
         for paths, tokens in _read_tokens(list(found), tokenizer, batch, broken):
-            for path, picture in zip(paths, to_pictures(tokenizer.decode(tokens, text=caption))):
+            pictures = to_pictures(tokenizer.decode(tokens, text=caption))
+            files.make_folders(places[path] for path in paths)
+            for path, picture in zip(paths, pictures):
                 save_png(picture, places[path])
             count += len(paths)
             advance(count + len(broken.reasons))
@@ -134,7 +135,7 @@ def reconstruct(
 ) -> None:
     """Encode and decode pictures; write them (PNG) and a comparison with the originals (a ladder of --tokens)."""
     from vistok.cli.show import progress
-    from vistok.evaluate.grid import save_grid, save_ladder
+    from vistok.evaluate.grid import count_tokens, save_grid, save_ladder
     from vistok.image import find_pictures, read_batches, save_png, to_pictures
 
     model, sources = (DEFAULT, words) if Path(words[0]).suffix.lower() in PICTURES else (words[0], words[1:])
@@ -150,21 +151,21 @@ def reconstruct(
         files.refuse_shared(grid, "the ladder" if len(counts) > 1 else "the comparison", targets)
     files.refuse_existing([grid], overwrite=overwrite)
     tokenizer = load(model, device, whole=whole)
-    files.make_folders(next(iter(places.values())))
     broken, done = files.Broken(), 0
     with progress("reconstruct", len(found)) as advance:
         for paths, images in read_batches(list(found), tokenizer.preprocess, batch, broken=broken.reasons):
             made = tokenizer.encode(images, text=caption)
             decoded = tokenizer.decode_lengths(made, lengths) if lengths else [tokenizer.decode(made)]
             rebuilt = {k: pictures.cpu() for k, pictures in zip(counts, decoded)}
+            files.make_folders(places[counts[0]][path] for path in paths)
             for k, pictures in rebuilt.items():
                 for path, picture in zip(paths, to_pictures(pictures)):
                     save_png(picture, places[k][path])
             if not done:
                 shown = slice(0, GRID_PAIRS)
                 names = [path.name for path in paths[shown]]
-                if len(counts) > 1:
-                    steps = {f"{k} tokens": pictures[shown] for k, pictures in rebuilt.items()}
+                if len(lengths) > 1:
+                    steps = {count_tokens(k): rebuilt[k][shown] for k in lengths}
                     save_ladder(grid, images[shown], steps, captions=names, title=model)
                 else:
                     only, title = rebuilt[counts[0]][shown], _title(model, counts[0])
@@ -238,4 +239,6 @@ def _batch_key(tokens: Tokens) -> tuple[object, ...]:
 
 
 def _title(model: str, tokens: int | None) -> str:
-    return model if tokens is None else f"{model}, {tokens} tokens"
+    from vistok.evaluate.grid import count_tokens
+
+    return model if tokens is None else f"{model}, {count_tokens(tokens)}"

@@ -90,7 +90,7 @@ def run(
         raise ValueError(f"--tokens are 1..{tok.num_tokens} for {model}, got {list(tokens)}.")
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(tok.quantizer.vocab_sizes[0], (batch, tok.num_tokens), generator=generator)
-    codes, noise = tok.quantizer.ids_to_codes(ids), tok.start(batch, generator)
+    codes, noise = tok.quantizer.ids_to_codes(ids), tok.initial_noise(batch, generator)
     sampler, guide = tok.sampling.build(steps), tok.sampling.guide()
 
     def ours(k: int) -> Callable[[], Tensor]:

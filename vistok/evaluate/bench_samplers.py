@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from vistok.config import create
-from vistok.flow import SAMPLERS
+from vistok.evaluate.grid import count_tokens
+from vistok.flow import SAMPLERS, Sampler
 from vistok.image import read_batches
 from vistok.registry import nearest
 
@@ -62,7 +63,7 @@ def run(
         tokenizer: A trained tokenizer with a flow decoder, in eval mode.
         pictures: Picture files.
         samplers: Names out of `vistok.flow.SAMPLERS`.
-        evaluations: Budgets; a sampler takes part where its steps fit in a whole number of times.
+        evaluations: Budgets; a sampler takes as many steps as fit into each.
         tokens: Tokens kept; all if None.
         guidance: Guidance scale; the model's own if None.
         name: What to call the model.
@@ -92,13 +93,10 @@ def run(
         reference = decode("midpoint", finest)
         rows = []
         for sampler in samplers:
-            for budget in evaluations:
-                each = SAMPLERS[sampler](1).evaluations
-                if budget % each:
-                    continue
-                found = decode(sampler, budget // each)
+            for steps, asked in _affordable(SAMPLERS[sampler], evaluations).items():
+                found = decode(sampler, steps)
                 distance = float((found - reference).abs().mean())
-                rows.append({"sampler": sampler, "steps": budget // each, "evaluations": budget, "distance": distance})
+                rows.append({"sampler": sampler, "steps": steps, "evaluations": asked, "distance": distance})
                 rows[-1] |= _quality(found, images)
     finally:
         tokenizer.sampling = own
@@ -110,6 +108,13 @@ def run(
         rows=rows,
         reference=f"midpoint, {finest} steps",
     )
+
+
+def _affordable(sampler: type[Sampler], budgets: Sequence[int]) -> dict[int, int]:
+    """Most steps within each budget of evaluations, and the evaluations they take."""
+    taken = {steps: sampler(steps).evaluations for steps in range(1, max(budgets) + 1)}
+    most = [max((steps for steps, asked in taken.items() if asked <= budget), default=0) for budget in budgets]
+    return {steps: taken[steps] for steps in most if steps}
 
 
 def _quality(found: Tensor, images: Tensor) -> dict[str, float]:
@@ -134,13 +139,13 @@ def plot(result: SamplerBench, path: Path) -> None:
         for sampler in dict.fromkeys(row["sampler"] for row in result.rows):
             line = [(row["evaluations"], row[key]) for row in result.rows if row["sampler"] == sampler]
             axis.plot(*zip(*line), marker="o", label=sampler)
-        axis.set(xscale="log", xlabel="network evaluations per branch", ylabel=label)
-        axis.set_xticks(ticks := sorted({row["evaluations"] for row in result.rows}), [str(t) for t in ticks])
-        axis.minorticks_off()
+        axis.set_xscale("log", base=2)
+        axis.set(xlabel="network evaluations per branch", ylabel=label)
+        axis.xaxis.set_major_formatter("{x:g}")
         axis.grid(alpha=0.3)
     axes[2].set_yscale("log")
     axes[0].legend()
-    figure.suptitle(f"{result.model}, {result.pictures} pictures, {result.tokens} tokens")
+    figure.suptitle(f"{result.model}, {result.pictures} pictures, {count_tokens(result.tokens)}")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)

@@ -142,6 +142,11 @@ def ladder(
     return canvas
 
 
+def count_tokens(count: int) -> str:
+    """A number of tokens in words, for headings."""
+    return f"{count} token{'s' * (count != 1)}"
+
+
 def save_ladder(
     path: str | Path,
     originals: Tensor,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vistok.config import create
-from vistok.evaluate.grid import ladder
+from vistok.evaluate.grid import count_tokens, ladder
 from vistok.evaluate.report import Table
 from vistok.image import read_batches
 
@@ -64,7 +64,7 @@ def climb(
             for metric in found[k].values():
                 metric.update(decoded, originals)
         if shown is None:
-            steps = {f"{k} tokens": decoded[:SHOWN].cpu() for k, decoded in zip(counts, rebuilt)}
+            steps = {count_tokens(k): decoded[:SHOWN].cpu() for k, decoded in zip(counts, rebuilt)}
             shown = files[:SHOWN], images[:SHOWN], steps
     if shown is None:
         raise ValueError("There is no picture to decode at several lengths.")

@@ -38,10 +38,13 @@ class CFG(Guidance):
 
     Args:
         scale: w, a number or a function of t. Where it is 1 the empty branch is not computed.
+
+    Raises:
+        ValueError: A negative number.
     """
 
     def __init__(self, scale: Scale) -> None:
-        self.scale = scale
+        self.scale = _checked(scale)
 
     def active(self, t: float) -> bool:
         """See `Guidance.active`."""
@@ -70,6 +73,9 @@ class APG(Guidance):
         momentum: beta; None or 0 for none.
         space: What is guided.
         relative: Take r per square root of the number of elements, so that it does not depend on the latent's size.
+
+    Raises:
+        ValueError: A negative scale.
     """
 
     def __init__(
@@ -82,7 +88,7 @@ class APG(Guidance):
         space: Literal["velocity", "data"] = "velocity",
         relative: bool = False,
     ) -> None:
-        self.scale, self.eta, self.norm_threshold = scale, eta, norm_threshold
+        self.scale, self.eta, self.norm_threshold = _checked(scale), eta, norm_threshold
         self.momentum, self.space, self.relative = momentum, space, relative
         self._running: Tensor | None = None
 
@@ -153,6 +159,12 @@ def renormed(velocity: Tensor, given: Tensor, how: Literal["channel"] | None) ->
 def at(scale: Scale, t: float) -> float:
     """The scale at time t."""
     return float(scale(t)) if callable(scale) else float(scale)
+
+
+def _checked(scale: Scale) -> Scale:
+    if not callable(scale) and not scale >= 0:
+        raise ValueError(f"A guidance scale is at least 0, and 1 for no guidance; got {scale}.")
+    return scale
 
 
 def _norm(x: Tensor) -> Tensor:

@@ -23,6 +23,9 @@ class Sampling:
         eta: See `APG`, also below.
         norm_threshold: Longest guidance vector.
         momentum: Momentum of the guidance vector.
+
+    Raises:
+        ValueError: No step, a shift that is not positive, or a negative scale.
     """
 
     sampler: Literal["euler", "heun", "midpoint", "rk4", "ab2"] = "euler"
@@ -33,6 +36,10 @@ class Sampling:
     eta: float = 0.0
     norm_threshold: float = 2.5
     momentum: float = -0.5
+
+    def __post_init__(self) -> None:
+        self.build()  # their checks, now and not when a trained model first decodes
+        self.guide()
 
     def guide(self, scale: float | Callable[[float], float] | Guidance | None = None) -> Guidance:
         """The guidance, with another scale if given; a guidance object is taken as it is."""

@@ -208,9 +208,9 @@ class FlexTok(Tokenizer):
             ValueError: Noise of another shape, or noise and a generator.
         """
         sampler, guide = self.sampling.build(steps), self.sampling.guide(guidance)
-        start = self.start(len(codes), generator, noise)
+        noise = self.initial_noise(len(codes), generator, noise)
         condition = Condition(self.decoder, codes, lengths, sampler.evaluated, self.patches)
-        return sampler(self.field(condition), start, guide)
+        return sampler(self.field(condition), noise, guide)
 
     @torch.no_grad()
     def decode_lengths(
@@ -231,11 +231,13 @@ class FlexTok(Tokenizer):
             return super().decode_lengths(tokens, counts, steps=steps, guidance=guidance, noise=noise)
         sampler, guide = self.sampling.build(steps), self.sampling.guide(guidance)
         condition = Ladder(self.decoder, codes, counts, sampler.evaluated, self.patches)
-        start = self.start(len(codes), noise=noise).repeat(len(counts), 1, 1, 1)
-        latents = sampler(self.field(condition), start, guide)
+        noise = self.initial_noise(len(codes), noise=noise).repeat(len(counts), 1, 1, 1)
+        latents = sampler(self.field(condition), noise, guide)
         return [self.frontend.decode(part).float().clamp(0, 1) for part in latents.split(len(codes))]
 
-    def start(self, batch: int, generator: torch.Generator | None = None, noise: Tensor | None = None) -> Tensor:
+    def initial_noise(
+        self, batch: int, generator: torch.Generator | None = None, noise: Tensor | None = None
+    ) -> Tensor:
         """Noise to start from, (B, C, h, w) float32; see `decode_latents`."""
         shape = (batch, *self.latent_shape)
         if noise is not None:
