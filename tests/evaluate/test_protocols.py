@@ -271,6 +271,31 @@ def test_another_folder_can_be_the_reference(photos, tmp_path, cache, pooled):
     assert facts["against"] == f"the pictures of {tmp_path / 'set'}"
 
 
+def test_a_file_of_statistics_can_be_the_reference(photos, tmp_path, cache, pooled):
+    save_statistics(tmp_path / "ref.npz", moments_of(pooled(), photos[5:9]), feature="toy")
+    (tmp_path / "set").mkdir()
+    for photo in photos[5:9]:
+        (tmp_path / "set" / photo.name).write_bytes(photo.read_bytes())
+    found = distance(photos[:5], tmp_path / "a", reference=tmp_path / "ref.npz")
+    assert found == pytest.approx(distance(photos[:5], tmp_path / "b", reference=tmp_path / "set"), rel=1e-9)
+    facts = json.loads((tmp_path / "a" / "metrics.json").read_text())["protocol"]["metrics"]["pooled"]
+    assert facts["against"] == "the file ref.npz" and len(facts["reference_sha256"]) == 64
+
+
+def moments_of(metric, photos):
+    metric.real.update(metric.features(metric.eight_bit(torch.stack([Cells().preprocess(photo) for photo in photos]))))
+    return metric.real.moments()
+
+
+def test_a_reference_that_does_not_fit_is_refused_before_any_picture(photos, tmp_path, pooled):
+    np.savez(tmp_path / "other.npz", mu=np.zeros(7), sigma=np.eye(7))
+    with pytest.raises(ValueError, match="statistics of 7 features, pooled distance has 48"):
+        distance(photos[:5], tmp_path / "a", reference=tmp_path / "other.npz")
+    with pytest.raises(ValueError, match="for Frechet distances, e.g. rfid; of psnr none"):
+        evaluate(Cells(), photos[:2], metrics=("psnr",), out=tmp_path / "b", reference=tmp_path / "other.npz")
+    assert pooled.looks == 0
+
+
 def test_a_class_in_the_caption_is_the_pictures_folder(tmp_path):
     from vistok.cli.evaluate import captions
 

@@ -180,3 +180,9 @@ def test_nothing_to_measure_is_said(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         evaluate(Cells(), flat[keep], metrics=metrics, out=tmp_path)
+
+
+def test_a_metric_that_needs_larger_pictures_is_left_out_and_named(flat, tmp_path):
+    result = evaluate(Cells(), flat, metrics=("psnr", "ms_ssim"), out=tmp_path / "out")
+    assert list(result.figures) == ["psnr"]
+    assert "at least 161 pixels, these have 64" in result.unmeasured["ms_ssim"]

@@ -31,7 +31,8 @@ def evaluate(
         str, typer.Option(help="rFID and IS as in a published table besides, see vistok list --protocols.")
     ] = "",
     reference: Annotated[
-        Path | None, typer.Option(help="Folder of pictures that Frechet distances are from; the originals by default.")
+        Path | None,
+        typer.Option(help="Where Frechet distances are from: a folder, or .npz statistics; the originals by default."),
     ] = None,
     probe: Annotated[
         Path | None, typer.Option(help="Folder whose sub-folders are classes: k-NN and linear probe of the features.")

@@ -43,11 +43,26 @@ class FrechetMetric(Metric):
         self.fake = FeatureStatistics(self.dim)
         self.real = FeatureStatistics(self.dim)
         self.originals: Moments | None = None
-        if reference is not None and str(reference) in assets.ASSETS:
-            reference = assets.find(str(reference))
-        self.reference = None if reference is None else read_statistics(reference)
-        self.reference_sha256 = None if reference is None else assets.sha256(reference)
-        self.reference_name = "the originals" if reference is None else f"the file {reference.name}"
+        self.reference: Moments | None = None
+        self.reference_sha256: str | None = None
+        self.reference_name = "the originals"
+        if reference is not None:
+            self.compare_with_file(assets.find(str(reference)) if str(reference) in assets.ASSETS else reference)
+
+    def compare_with_file(self, file: Path) -> None:
+        """Measure from the statistics of an .npz in place of the originals, see `read_statistics`.
+
+        Raises:
+            ValueError: No such file, or statistics of other features.
+        """
+        moments = read_statistics(file)
+        if len(moments.mean) != self.dim:
+            raise ValueError(
+                f"{file} holds statistics of {len(moments.mean)} features, {self.title} has {self.dim}: they come from "
+                f"another network or layer."
+            )
+        self.reference, self.reference_sha256 = moments, assets.sha256(file)
+        self.reference_name = f"the file {file.name}"
 
     def features(self, pictures: Tensor) -> Tensor:
         """Features (B, dim) of uint8 pictures (B, 3, H, W)."""

@@ -138,13 +138,23 @@ def of_folder(metric: FrechetMetric, source: Path, preprocess: Preprocess, devic
 
 
 def use(metrics: Mapping[str, Metric], source: Path | None, preprocess: Preprocess, device: torch.device) -> None:
-    """Compare with the statistics of another set in place of the originals: a folder of pictures.
+    """Compare with another set in place of the originals: the pictures of a folder, or an .npz of statistics.
 
     Every process has to call it; the first one computes.
+
+    Raises:
+        ValueError: None of the metrics is a Frechet distance, or the .npz does not fit one.
     """
     if source is None:
         return
-    for metric in metrics.values():
-        if isinstance(metric, FrechetMetric):
+    frechet = [metric for metric in metrics.values() if isinstance(metric, FrechetMetric)]
+    if not frechet:
+        raise ValueError(
+            f"A reference is for Frechet distances (rfid, fd_effnet_lite0), and {', '.join(metrics)} is none."
+        )
+    for metric in frechet:
+        if source.suffix == ".npz":
+            metric.compare_with_file(source)
+        else:
             moments = of_first(lambda m=metric: of_folder(m, source, preprocess, device))
             metric.reference, metric.reference_name = moments, f"the pictures of {source}"

@@ -57,7 +57,8 @@ class EvalResult:
         pictures: Pictures measured.
         skipped: File -> why it could not be used.
         files: What was written, name -> path.
-        unmeasured: Metric -> why it is left out: its weights are not here, and the line that brings them.
+        unmeasured: Metric -> why it is left out: its weights are not here (with the line that brings them), or it needs
+            larger pictures.
     """
 
     figures: dict[str, float]
@@ -103,7 +104,8 @@ def evaluate(
     Args:
         tokenizer: The model; it is put into eval mode for the time being.
         pictures: Picture files; `tokenizer.preprocess` is applied. Files that cannot be read are skipped and named.
-        metrics: Registered metrics. One whose weights are not on this machine is left out and named, never replaced.
+        metrics: Registered metrics. One whose weights are not on this machine, or that needs larger pictures, is left
+            out and named, never replaced.
         out: Folder for the results.
         batch: Pictures at once.
         command: Command that repeats the evaluation; empty for that of this process.
@@ -114,7 +116,8 @@ def evaluate(
         text: For tokenizers that read captions: one for all pictures, or that of each file.
         progress: Called with the number of pictures done in this process, after every batch.
         conditions: Protocol of a published table, whose metrics are measured besides.
-        reference: Folder of pictures that Frechet distances are measured from, in place of the originals.
+        reference: Folder of pictures, or .npz of statistics, that Frechet distances are measured from in place of the
+            originals.
 
     Raises:
         ValueError: No picture could be used, or a metric does not take this size.
@@ -180,7 +183,8 @@ class _Measured:
     def __init__(self, tokenizer: Tokenizer, specs: Mapping[str, Mapping[str, Any]], root: Path) -> None:
         self.tokenizer = tokenizer
         self.root = root
-        built, unmeasured = build_metrics(specs)
+        sized = tokenizer.preprocess.crop != "none"
+        built, unmeasured = build_metrics(specs, size=tokenizer.preprocess.size if sized else None)
         self.unmeasured = {name: why for part in all_objects(unmeasured) for name, why in part.items()}
         self.metrics = {n: m.to(tokenizer.device) for n, m in built.items() if n not in self.unmeasured}
         ranking = [n for n, metric in self.metrics.items() if metric.per_picture]

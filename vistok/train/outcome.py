@@ -88,6 +88,8 @@ def evaluate(run: Run, folder: Path, command: str) -> dict[str, float]:
             text=captions,
             history=history(run.out / METRICS),
         )
+    for name, why in result.unmeasured.items() if run.accelerator.is_main_process else ():
+        warnings.warn(f"eval.metrics: {name} is left out. {why}", stacklevel=2)
     run.accelerator.wait_for_everyone()
     return {**result.figures, **result.baselines}
 
