@@ -296,6 +296,13 @@ def test_a_reference_that_does_not_fit_is_refused_before_any_picture(photos, tmp
     assert pooled.looks == 0
 
 
+def test_what_a_metric_found_besides_is_on_the_page(photos, tmp_path, cache, pooled, monkeypatch):
+    monkeypatch.setattr(pooled, "details", lambda metric: {"inception_score": 7.125, "n": 5})
+    result = evaluate(Cells(), photos[:5], metrics=("psnr", "pooled"), out=tmp_path / "out")
+    assert result.besides == {"inception_score": 7.125}
+    assert "<td>inception score</td>" in result.files["report"].read_text()
+
+
 def test_a_class_in_the_caption_is_the_pictures_folder(tmp_path):
     from vistok.cli.evaluate import captions
 

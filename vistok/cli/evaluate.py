@@ -153,7 +153,7 @@ def _print_result(result: EvalResult) -> None:
         low, high = result.intervals.get(name, (value, value))
         interval = f"{low:.4g} to {high:.4g}" if name in result.intervals else ""
         cells.append((result.labels[name], f"{value:.4g}", interval))
-    facts = {**result.usage, **result.rate, **result.speed, **result.baselines}
+    facts = {**result.besides, **result.usage, **result.rate, **result.speed, **result.baselines}
     cells += [(name.replace("_", " "), f"{value:.4g}", "") for name, value in facts.items()]
     Rows((files.pictures(result.pictures), "value>", "95 % interval"), cells).print()
     for name, why in result.unmeasured.items():

@@ -149,9 +149,7 @@ def use(metrics: Mapping[str, Metric], source: Path | None, preprocess: Preproce
         return
     frechet = [metric for metric in metrics.values() if isinstance(metric, FrechetMetric)]
     if not frechet:
-        raise ValueError(
-            f"A reference is for Frechet distances (rfid, fd_effnet_lite0), and {', '.join(metrics)} is none."
-        )
+        raise ValueError(f"A reference is for Frechet distances, e.g. rfid; of {', '.join(metrics)} none is one.")
     for metric in frechet:
         if source.suffix == ".npz":
             metric.compare_with_file(source)

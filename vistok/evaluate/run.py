@@ -74,6 +74,11 @@ class EvalResult:
     files: dict[str, Path]
     unmeasured: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def besides(self) -> dict[str, float]:
+        """What metrics found besides their figures, e.g. `inception_score`; without the numbers of pictures."""
+        return {key: value for found in self.details.values() for key, value in found.items() if key != "n"}
+
 
 def evaluate(
     tokenizer: Tokenizer,
@@ -373,7 +378,7 @@ def _headline(result: EvalResult, name: str) -> str:
 
 
 def _tables(result: EvalResult) -> list[report.Table]:
-    facts = {**result.rate, **result.speed, **result.baselines}
+    facts = {**result.besides, **result.rate, **result.speed, **result.baselines}
     tables = [report.Table(title="Rate, speed and baseline", columns=("what", "value"), rows=_rows(facts), note=_FLAT)]
     if result.usage:
         tables.append(report.Table(title="Code book", columns=("what", "value"), rows=_rows(result.usage)))
