@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import resource
 import shutil
 
 import pytest
@@ -72,6 +74,19 @@ def test_half_written_folder_is_ignored_and_removed_by_the_next_save(out):
     assert checkpoint.newest(out).step == 2
     checkpoint.save(out, snapshot(4), keep=2)
     assert not partial.exists()
+
+
+@pytest.mark.parametrize("room", [0, 90, 400, 2000], ids=["weights", "extra", "optimizer", "state"])
+def test_a_disk_that_fills_up_at_any_file_is_a_clear_error(out, room):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        with pytest.raises(CheckpointError, match=r"^The checkpoint of step 3 .*File too large.*untouched\.$"):
+            checkpoint.save(out, dataclasses.replace(snapshot(3), facts={"words": "long " * 500}), keep=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert sorted((out / checkpoint.FOLDER).iterdir()) == checkpoint.folders(out)
+    assert checkpoint.newest(out).step == 2
 
 
 def test_full_disk_is_a_clear_error_and_what_was_there_stays(out, monkeypatch):

@@ -60,6 +60,8 @@ def save(out: Path, snapshot: Snapshot, *, keep: int) -> Path:
     Raises:
         CheckpointError: The disk is full or not writable; what was there before is untouched.
     """
+    from safetensors import SafetensorError
+
     parent = out / FOLDER
     final = parent / f"step_{snapshot.step:09d}"
     partial = parent / f".{final.name}.partial"
@@ -73,15 +75,23 @@ def save(out: Path, snapshot: Snapshot, *, keep: int) -> Path:
             shutil.rmtree(final)
         os.replace(partial, final)
         _flush(parent)
-    except OSError as err:
+    except (OSError, SafetensorError, RuntimeError) as err:  # safetensors and torch.save have their own
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(
-            f"The checkpoint of step {snapshot.step} could not be written to {parent}: {err.strerror or err}. "
+            f"The checkpoint of step {snapshot.step} could not be written to {parent}: {_cause(err)}. "
             f"Earlier checkpoints are untouched."
         ) from err
     for old in folders(out)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def _cause(err: Exception) -> str:
+    """Why a file could not be written: the system's words, which torch.save buries below its own."""
+    found: BaseException | None = err
+    while found is not None and not (isinstance(found, OSError) and found.strerror):
+        found = found.__cause__ or found.__context__
+    return str(err).strip().rstrip(".") if found is None else str(found.strerror)
 
 
 def _write(folder: Path, snapshot: Snapshot) -> None:
@@ -91,7 +101,8 @@ def _write(folder: Path, snapshot: Snapshot) -> None:
         own = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
         save_file(own, folder / f"{name}.safetensors")
     for name, state in snapshot.optimizers.items():
-        torch.save(state, folder / f"optimizer_{name}.pt")
+        with (folder / f"optimizer_{name}.pt").open("wb") as file:
+            torch.save(state, file)  # into a file of Python's, whose errors say what is wrong
     write_yaml(snapshot.recipe, folder / RECIPE)
     files = {file.name: _facts_of(file) for file in sorted(folder.iterdir())}
     state = {"step": snapshot.step, **snapshot.facts, "files": files}
