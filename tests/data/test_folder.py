@@ -54,7 +54,7 @@ def test_a_broken_picture_does_not_hide_the_captions_of_the_others(folder):
 
 
 def test_captions_without_any_file_are_refused(folder):
-    with pytest.raises(FileNotFoundError, match=r"captions=true.*dog1\.txt"):
+    with pytest.raises(ValueError, match=r"captions is true.*dog1\.txt"):
         folder_set(folder / "b", captions=True)
 
 

@@ -50,6 +50,15 @@ def test_damaged_row_is_named(folder):
         data.read(1)
 
 
+def test_what_is_no_data_set_is_told_in_our_words(folder):
+    with pytest.raises(FileNotFoundError, match=r"no folder 'cifar10'\. Data sets are read from disk: .*save_to_disk"):
+        vistok.create("dataset", "hf", path="cifar10")
+    for part in folder.rglob("*.json"):
+        part.unlink()
+    with pytest.raises(ValueError, match=r"set holds no data set that can be read \(.*save_to_disk"):
+        vistok.create("dataset", "hf", path=str(folder))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -94,7 +94,7 @@ def test_draws_belong_to_samples_not_to_batches():
 
 def test_broken_sample_is_named_once_counted_and_replaced():
     source = loader(Numbers(broken=[4]))
-    with pytest.warns(UserWarning, match="number 4 cannot be read") as seen:
+    with pytest.warns(UserWarning, match="Skipped from now on: number 4: torn in two") as seen:
         steps = [colours(b) for b in source.steps(0, 10)]
     assert len(seen) == 1
     assert source.skipped == {"number 4": 8}

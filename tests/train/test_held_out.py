@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import tarfile
+import warnings
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from tests.tokenize.test_job import Colours, job
-from tests.train.tiny import recipe
+from tests.train.tiny import BASE, recipe
 from vistok.config import ConfigError, create, merge
 from vistok.data.base import files_of, write_files
 from vistok.tokenize.views import Views
@@ -64,7 +66,7 @@ def test_drawn_scenes_can_be_held_out(tmp_path):
 
 
 def test_what_cannot_be_evaluated_is_refused_before_the_training(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere"):
+    with pytest.raises(ConfigError, match="nowhere"):
         figures(tmp_path / "run", {"name": "folder", "path": str(tmp_path / "nowhere")})
     job(tmp_path / "ids", Colours(), views=Views(augment="flip"))
     with pytest.raises(ConfigError, match=r"eval\.data\.name: an evaluation reads pictures, and 'ids' gives tokens"):
@@ -78,3 +80,39 @@ def test_a_refused_recipe_leaves_no_folder_of_a_tracker(tmp_path):
     with pytest.raises(ValueError, match=r"train\.freeze"):
         train(recipe(tmp_path / "run", merge(SHORT, over)))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("section", ["data", "eval.data"])
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({"name": "folder", "path": "nowhere"}, ".path: There is no file or folder 'nowhere'"),
+        ({"name": "hf", "path": "nowhere"}, ".path: There is no folder 'nowhere'"),
+        ({"name": "webdataset", "path": "a-{0..1}.tar"}, ".path: There is no shard 'a-0.tar'"),
+        ({"name": "folder", "path": "{photos}", "captions": True}, ": captions is true, but no picture has a caption"),
+    ],
+)
+def test_data_that_cannot_be_opened_is_named_by_its_key(tmp_path, section, spec, message):
+    pytest.importorskip("datasets", reason="the package datasets is optional")
+    spec = {**spec, "path": spec["path"].replace("{photos}", str(PHOTOS[0].parent))}
+    given = recipe(tmp_path / "out", {"eval": {"data": {"name": "photos"}}})
+    if section == "data":
+        given = dataclasses.replace(given, data=spec)
+    else:
+        given = dataclasses.replace(given, eval=dataclasses.replace(given.eval, data=spec))
+    with pytest.raises(ConfigError, match=f"^{section}{message}"):
+        train(given)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_reads_captions_says_once_that_there_are_none(tmp_path):
+    words = {"kind": "words", "length": 4, "dim": 8}
+    model = {**BASE["model"], "name": "ta_titok", "text_encoder": words, "num_tokens": 4}
+    model["quantizer"] = {"name": "vq", "codebook_size": 32, "dim": 4}
+    over = merge(SHORT, {"model": model})
+    with pytest.warns(UserWarning, match="ta_titok reads captions .* 'photos' gives none.*data.captions=true") as seen:
+        train(recipe(tmp_path / "out", over))
+    assert len([w for w in seen if "reads captions" in str(w.message)]) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(recipe(tmp_path / "with", merge(over, {"data": {"captions": True}})))

@@ -146,6 +146,16 @@ def captions_of(dataset: Dataset) -> dict[Path, str] | None:
     return found or None
 
 
+def gives_text(dataset: Dataset | TokenDataset) -> bool:
+    """Whether samples have captions, judged by the first that can be read."""
+    for index in range(len(dataset)):
+        try:
+            return dataset.read(index).text is not None
+        except (OSError, ValueError):  # a broken one, which the loader names
+            continue
+    return False
+
+
 def write_files(dataset: Dataset, folder: Path) -> tuple[list[Path], dict[Path, str] | None, dict[str, str]]:
     """Write the pictures of a data set that has no files (shards, tables) as PNG files, `00000000.png` and so on.
 

@@ -22,8 +22,8 @@ class Folder(PictureFiles):
         limit: Use only this many pictures, the first ones.
 
     Raises:
-        FileNotFoundError: No pictures there, or `captions` without a single caption file.
-        ValueError: Nothing is left after `exclude`.
+        FileNotFoundError: No pictures there.
+        ValueError: Nothing is left after `exclude`, or `captions` without a single caption file.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Folder(PictureFiles):
         self.classes = sorted({file.parent.name for file in self.files}) if labels else []
         if captions and not any(file.with_suffix(".txt").is_file() for file in self.files):
             first = self.files[0].with_suffix(".txt")
-            raise FileNotFoundError(f"captions=true, but no picture has a caption beside it (looked for {first}, ...).")
+            raise ValueError(f"captions is true, but no picture has a caption beside it (looked for {first}, ...).")
 
     def read(self, index: int) -> Sample:
         """Open one picture.

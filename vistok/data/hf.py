@@ -9,6 +9,8 @@ from vistok.data.base import Sample, decode
 from vistok.image import to_pil
 from vistok.registry import nearest, register
 
+SAVE = "datasets.load_dataset(...).save_to_disk(FOLDER)"
+
 
 @register("dataset", "hf")
 class HuggingFace:
@@ -23,8 +25,8 @@ class HuggingFace:
 
     Raises:
         ImportError: The package `datasets` is not installed.
-        FileNotFoundError: No data set there.
-        ValueError: No such split or column.
+        FileNotFoundError: No such folder.
+        ValueError: It holds no data set, or not this split or column.
     """
 
     def __init__(
@@ -41,10 +43,16 @@ class HuggingFace:
         except ImportError as err:
             raise ImportError("data.name=hf needs the package datasets: pip install datasets") from err
 
-        found: Any = datasets.load_from_disk(str(path))
+        if not path.is_dir():
+            raise FileNotFoundError(f"There is no folder {str(path)!r}. Data sets are read from disk: {SAVE}.")
+        try:
+            found: Any = datasets.load_from_disk(str(path))
+        except Exception as err:  # datasets and pyarrow raise many types
+            reason = " ".join(str(err).split())
+            raise ValueError(f"{path} holds no data set that can be read ({SAVE}): {reason}") from err
         if isinstance(found, dict):
             if split is None or split not in found:
-                raise ValueError(f"data.split: {path} has splits, got {split!r}. {nearest(str(split), found)}")
+                raise ValueError(f"{path} has splits: give one as `split`, got {split!r}. {nearest(str(split), found)}")
             found = found[split]
         for column in filter(None, (image, caption, label)):
             if column not in found.column_names:

@@ -68,7 +68,7 @@ class Raw:
     positions: np.ndarray
     text: tuple[str, ...] | None
     labels: np.ndarray | None
-    skipped: tuple[str, ...]
+    skipped: tuple[tuple[str, str], ...]  # name and reason
 
 
 class Reader:
@@ -82,7 +82,7 @@ class Reader:
 
     def __getitem__(self, positions: np.ndarray) -> Raw:
         """Read the samples at these positions; a broken one is replaced by the next of the same pass."""
-        skipped: list[str] = []
+        skipped: list[tuple[str, str]] = []
         samples = [self._sample(int(p), skipped) for p in positions]
         pictures = np.stack([self._cut(s.picture, int(p)) for s, p in zip(samples, positions)])
         text = None if samples[0].text is None else tuple(s.text or "" for s in samples)
@@ -94,20 +94,21 @@ class Reader:
         pictures = torch.from_numpy(raw.pictures).to(device)  # sent as uint8: a quarter of the bytes
         images = pictures.permute(0, 3, 1, 2).contiguous().float().div_(255)  # (B, 3, H, W)
         labels = None if raw.labels is None else torch.from_numpy(raw.labels).to(device)
-        return Batch(images, torch.from_numpy(raw.positions), self.seed, raw.text, labels, raw.skipped)
+        names = tuple(name for name, _ in raw.skipped)
+        return Batch(images, torch.from_numpy(raw.positions), self.seed, raw.text, labels, names)
 
     def _cut(self, picture: Image, position: int) -> np.ndarray:
         return self.augment(picture, keyed(self.seed, "augment", position))
 
-    def _sample(self, position: int, skipped: list[str]) -> Sample:
+    def _sample(self, position: int, skipped: list[tuple[str, str]]) -> Sample:
         for shift in range(len(self.dataset)):
             index = self.order(position, shift)
             if index not in self.broken:
                 try:
                     return self.cache.read(self.dataset, index)
                 except (OSError, ValueError) as err:  # a broken file: passed over, counted and named by the loader
-                    self.broken[index] = str(err)
-            skipped.append(self.dataset.name(index))
+                    self.broken[index] = " ".join(str(err).split()) or type(err).__name__
+            skipped.append((self.dataset.name(index), self.broken[index]))
         first = next(iter(self.broken.values()))
         raise DataError(f"None of the {len(self.dataset)} samples of the data set can be read. The first: {first}")
 
@@ -229,9 +230,10 @@ class Loader:
         )
 
     def _batch(self, raw: Any) -> Drawn:
-        for name in getattr(raw, "skipped", ()):
+        for name, why in getattr(raw, "skipped", ()):
             if name not in self.skipped:
-                warnings.warn(f"{name} cannot be read and is skipped from now on.", stacklevel=2)
+                reason = why if name in why else f"{name}: {why}"
+                warnings.warn(f"Skipped from now on: {reason}", stacklevel=2)
             self.skipped[name] = self.skipped.get(name, 0) + 1
         return self.reader.batch(raw, self.device)
 

@@ -16,7 +16,7 @@ from vistok.config import create
 from vistok.data.base import Dataset, captions_of, files_of, write_files
 from vistok.distributed import of_first
 from vistok.train import checkpoint, sharding
-from vistok.train.build import Run
+from vistok.train.build import Run, open_data
 from vistok.train.log import METRICS, Log, clock, history
 
 Reason = Literal["done", "time", "signal"]
@@ -75,7 +75,7 @@ def evaluate(run: Run, folder: Path, command: str) -> dict[str, float]:
     from vistok.evaluate import run as evaluation
 
     reads_text = "text" in getattr(run.model, "options", ())
-    pictures, captions = _held_out(run, create("dataset", **config.data), reads_text)
+    pictures, captions = _held_out(run, open_data(config.data, "eval.data"), reads_text)
     with final_model(run) as model:
         result = evaluation.evaluate(
             model,
