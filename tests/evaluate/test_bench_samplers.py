@@ -46,8 +46,12 @@ def test_command_writes_figures_and_plot(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "samplers", "message"),
-    [("titok_tiny", ("euler",), "does not decode with a flow"), ("flextok_tiny", ("eular",), "Did you mean 'euler'")],
+    [
+        ("titok_tiny", ("euler",), "does not decode with a flow"),
+        ("flextok_tiny", ("eular",), "Did you mean 'euler'"),
+        ("flextok_tiny", ("midpoint",), r"No step of midpoint fits into \[1\] network evaluations"),
+    ],
 )
 def test_misuse_is_one_clear_line(photos, name, samplers, message):
     with pytest.raises(ValueError, match=message):
-        bench_samplers.run(vistok.create("tokenizer", name).eval(), photos[:1], samplers=samplers)
+        bench_samplers.run(vistok.create("tokenizer", name).eval(), photos[:1], samplers=samplers, evaluations=[1])

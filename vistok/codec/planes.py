@@ -17,8 +17,6 @@ UNIT = 16
 """What features count in: sixteenths."""
 LOGIT = 256
 """The same for log odds."""
-ODDS = np.clip((TOTAL / 2 / (1 + np.exp(-np.arange(-10 * LOGIT, 10 * LOGIT) / LOGIT))).round(), 1, TOTAL // 2 - 1)
-LOG = (UNIT * np.log2(1 + np.arange(1 << 16))).round()
 WINDOW, SHRINK = 65, 8.0
 """The chance of a digit is shrunk towards that of so many around it in its plane, worth so many pictures."""
 HIDDEN, BATCH, TRAINED = 32, 1 << 14, 600
@@ -132,7 +130,7 @@ class PlanePrior(Prior):
         symbols = digits.reshape(len(digits), -1) + 1
         slots = symbols.shape[1]
         given = {"coefficient": coefficient, "shape": np.array(size), "radix": np.array(radix)}
-        given |= {"chances": ODDS.astype(np.uint16), "logs": LOG.astype(np.int16)}
+        given |= _tables()
         network = {
             "first": np.zeros((10, HIDDEN), np.int32),
             "bias": np.zeros(HIDDEN + 1, np.int32),
@@ -190,6 +188,14 @@ class Known:
         self.due += (fresh * self.prior.expected[part]).sum(1)
         self.found[:, place] = np.where(hit, plane, self.found[:, place])
         self.tested[:, place] = plane
+
+
+def _tables() -> dict[str, np.ndarray]:
+    """`chances` and `logs` of a new prior."""
+    odds = np.arange(-10 * LOGIT, 10 * LOGIT) / LOGIT
+    chances = (TOTAL / 2 / (1 + np.exp(-odds))).round().clip(1, TOTAL // 2 - 1)
+    logs = (UNIT * np.log2(1 + np.arange(1 << 16))).round()
+    return {"chances": chances.astype(np.uint16), "logs": logs.astype(np.int16)}
 
 
 def _positions(prior: PlanePrior, symbols: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -69,13 +69,16 @@ def run(
         name: What to call the model.
 
     Raises:
-        ValueError: No flow decoder, an unknown sampler, or no picture.
+        ValueError: No flow decoder, an unknown sampler, budgets that are too small, or no picture.
     """
     if not hasattr(tokenizer, "sampling"):
         raise ValueError(f"{tokenizer.registry_name} does not decode with a flow, so there is no sampler to choose.")
     for one in samplers:
         if one not in SAMPLERS:
             raise ValueError(f"No sampler named {one!r}. {nearest(one, SAMPLERS)}")
+    budgets = {one: _affordable(SAMPLERS[one], evaluations) for one in samplers}
+    if not any(budgets.values()):
+        raise ValueError(f"No step of {', '.join(samplers)} fits into {list(evaluations)} network evaluations.")
     parts = [images for _, images in read_batches(pictures, tokenizer.preprocess, 16, broken={})]
     if not parts:
         raise ValueError("There is no picture to decode.")
@@ -93,7 +96,7 @@ def run(
         reference = decode("midpoint", finest)
         rows = []
         for sampler in samplers:
-            for steps, asked in _affordable(SAMPLERS[sampler], evaluations).items():
+            for steps, asked in budgets[sampler].items():
                 found = decode(sampler, steps)
                 distance = float((found - reference).abs().mean())
                 rows.append({"sampler": sampler, "steps": steps, "evaluations": asked, "distance": distance})
@@ -112,7 +115,7 @@ def run(
 
 def _affordable(sampler: type[Sampler], budgets: Sequence[int]) -> dict[int, int]:
     """Most steps within each budget of evaluations, and the evaluations they take."""
-    taken = {steps: sampler(steps).evaluations for steps in range(1, max(budgets) + 1)}
+    taken = {steps: sampler(steps).evaluations for steps in range(1, max(budgets, default=0) + 1)}
     most = [max((steps for steps, asked in taken.items() if asked <= budget), default=0) for budget in budgets]
     return {steps: taken[steps] for steps in most if steps}
 

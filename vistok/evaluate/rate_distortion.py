@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,6 +20,9 @@ from vistok.hub import write_atomic
 from vistok.image import read_batches, to_uint8
 from vistok.tokenizers.base import Tokenizer
 from vistok.tokens import Tokens
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 SCALES = (1, 2, 4, 8)
 CODECS: dict[str, dict[str, Any]] = {
@@ -70,15 +73,12 @@ def codec_candidates(picture: np.ndarray, codec: str, largest: int) -> list[tupl
     """
     from PIL import Image
 
-    options = {k: v for k, v in CODECS[codec].items() if k not in ("qualities", "counted")}
     full, found = Image.fromarray(picture), []
     for scale in SCALES:
         size = (max(1, full.width // scale), max(1, full.height // scale))
         small = full if scale == 1 else full.resize(size, Image.Resampling.LANCZOS)
         for quality in CODECS[codec]["qualities"]:
-            file = io.BytesIO()
-            small.save(file, quality=quality, **options)
-            length = BESIDE + _media(file.getvalue()) if "counted" in CODECS[codec] else file.tell()
+            length, file = _saved(small, codec, quality)
             if length > largest:
                 break  # the next quality is no smaller
             decoded = Image.open(file).convert("RGB")
@@ -86,6 +86,14 @@ def codec_candidates(picture: np.ndarray, codec: str, largest: int) -> list[tupl
                 decoded = decoded.resize(full.size, Image.Resampling.BICUBIC)
             found.append((length, np.asarray(decoded)))
     return found
+
+
+def _saved(picture: Image, codec: str, quality: int) -> tuple[int, io.BytesIO]:
+    """A file of a codec, after the number of its bytes that count."""
+    options = {name: value for name, value in CODECS[codec].items() if name != "qualities"}
+    whole, file = options.pop("counted", "file") == "file", io.BytesIO()
+    picture.save(file, quality=quality, **options)
+    return file.tell() if whole else BESIDE + _media(file.getvalue()), file
 
 
 def _media(data: bytes) -> int:
@@ -111,14 +119,9 @@ def smallest_file(picture: np.ndarray, codec: str) -> int:
     """
     from PIL import Image
 
-    options = {k: v for k, v in CODECS[codec].items() if k not in ("qualities", "counted")}
-    full, sizes = Image.fromarray(picture), []
-    for scale in SCALES:
-        file = io.BytesIO()
-        size = (max(1, full.width // scale), max(1, full.height // scale))
-        full.resize(size, Image.Resampling.LANCZOS).save(file, quality=CODECS[codec]["qualities"][0], **options)
-        sizes.append(file.tell())
-    return min(sizes)
+    full, lowest = Image.fromarray(picture), CODECS[codec]["qualities"][0]
+    sizes = [(max(1, full.width // scale), max(1, full.height // scale)) for scale in SCALES]
+    return min(_saved(full.resize(size, Image.Resampling.LANCZOS), codec, lowest)[0] for size in sizes)
 
 
 def best_that_fits(picture: np.ndarray, files: Sequence[tuple[int, np.ndarray]], budget: int) -> Any:
