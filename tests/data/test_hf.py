@@ -64,6 +64,7 @@ def test_what_is_no_data_set_is_told_in_our_words(folder):
     [
         ({"split": "trian"}, "Did you mean 'train'"),
         ({}, "got None"),
+        ({"split": "train", "image": "kind"}, "Column 'kind' .*holds int64, no pictures"),
         ({"split": "train", "caption": "word"}, "no column 'word'. Did you mean 'words'"),
     ],
 )

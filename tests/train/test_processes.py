@@ -95,6 +95,22 @@ def test_two_processes_equal_one_of_twice_the_batch(tmp_path, more, names):
             torch.testing.assert_close(two[key], value, rtol=0, atol=1e-4)
 
 
+@pytest.mark.dist
+@pytest.mark.slow
+def test_broken_samples_are_counted_over_all_processes(tmp_path, photos):
+    (tmp_path / "pictures").mkdir()
+    for photo in photos[:3]:
+        (tmp_path / "pictures" / photo.name).write_bytes(photo.read_bytes())
+    (tmp_path / "pictures" / "torn.jpg").write_bytes(photos[3].read_bytes()[:2000])
+    data = {"name": "folder", "path": str(tmp_path / "pictures")}
+    over = merge(EXACT, {"data": data, "train": {"steps": 4, "save_every": 0, "log_every": 2}})
+    finish(launch(written(tmp_path / "two", over), world=2))
+    with pytest.warns(UserWarning, match="Skipped from now on: .*torn.jpg is damaged"):
+        train(tiny.recipe(tmp_path / "one", over))
+    one, two = ([row["skipped_samples"] for row in log.read(tmp_path / n / log.METRICS)] for n in ("one", "two"))
+    assert one == two and one[-1] > one[0] > 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_saves_exits_and_the_same_command_continues(tmp_path, number):

@@ -9,6 +9,7 @@ from vistok.data.base import Sample, decode
 from vistok.image import to_pil
 from vistok.registry import nearest, register
 
+STORED = ("string", "large_string", "binary", "large_binary")  # paths, or files as bytes
 SAVE = "datasets.load_dataset(...).save_to_disk(FOLDER)"
 
 
@@ -57,8 +58,13 @@ class HuggingFace:
         for column in filter(None, (image, caption, label)):
             if column not in found.column_names:
                 raise ValueError(f"{path} has no column {column!r}. {nearest(column, found.column_names)}")
-        if isinstance(found.features[image], datasets.Image):
+        kind = found.features[image]
+        if isinstance(kind, datasets.Image):
             found = found.cast_column(image, datasets.Image(decode=False))
+        elif getattr(kind, "dtype", "") not in STORED:
+            raise ValueError(
+                f"Column {image!r} of {path} holds {getattr(kind, 'dtype', kind)}, no pictures. Give `image`."
+            )
         self.table, self.image, self.caption, self.label = found, image, caption, label
         self.path = path
 

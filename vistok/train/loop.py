@@ -149,8 +149,11 @@ def _figures(run: Run, part: Part) -> dict[str, Tensor]:
 
 
 def _facts(run: Run) -> dict[str, float]:
-    """What was left out so far."""
-    return {"skipped_steps": run.guard.total, "skipped_samples": sum(run.loader.skipped.values())}
+    """What was left out so far, in all processes."""
+    skipped = sum(run.loader.skipped.values())
+    if run.accelerator.num_processes > 1:
+        skipped = int(run.accelerator.reduce(torch.tensor(skipped, device=run.accelerator.device), "sum"))
+    return {"skipped_steps": run.guard.total, "skipped_samples": skipped}
 
 
 def _key(run: Run, name: str, part: str) -> str:
