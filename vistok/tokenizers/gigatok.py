@@ -12,6 +12,7 @@ from vistok.config import Of, Spec, create
 from vistok.image import Preprocess
 from vistok.layers.attention import float32_linear
 from vistok.layers.conv import to_map, to_sequence
+from vistok.layers.local_start import Start
 from vistok.layers.position import resize_table
 from vistok.layers.transformer import Size, initialise
 from vistok.layers.unet import PictureDecoder, PictureEncoder
@@ -176,6 +177,7 @@ class GigaTok(GigaTokBase):
         inner: Channels of map and tokens.
         semantic_layer: Layer of the decoder's transformer, counted from 1, after which semantic features are read.
         semantic_dim: Channels of the teacher's features, 768 for DINOv2-B; null for none.
+        start: Initialisation, `published` or `local` (ours, for short runs; see `vistok.layers.local_start`).
 
     Example:
         >>> tok = vistok.create("tokenizer", "gigatok_ss.in1k")
@@ -199,6 +201,7 @@ class GigaTok(GigaTokBase):
         inner: int = 256,
         semantic_layer: int = 3,
         semantic_dim: int | None = 768,
+        start: Start = "published",
     ) -> None:
         super().__init__()
         convs = (channels, tuple(multipliers), inner)
@@ -209,6 +212,9 @@ class GigaTok(GigaTokBase):
         self.to_tokens = MapToTokens(grid, encode, inner, num_tokens)
         self.to_map = TokensToMap(grid, decode, inner, num_tokens)
         self._add_semantic(decode, semantic_layer, semantic_dim)
+        if start == "local":
+            self.to_tokens.start_local()
+            self.to_map.start_local()
 
     def _quantizer_features(self, features: Tensor) -> Tensor:
         tokens = self.to_tokens(features)

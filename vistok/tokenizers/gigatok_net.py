@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vistok.layers.conv import to_map, to_sequence
+from vistok.layers.local_start import attend_by_place, places, read_content, write_content
 from vistok.layers.position import learned_table
 from vistok.layers.query import QueryTransformer
 from vistok.layers.transformer import Size, Transformer
@@ -38,7 +39,35 @@ class Trunk(nn.Module):
         return self.embed(self.norm_pre(x.to(self.embed.weight.dtype)))
 
 
-class MapToTokens(Trunk):
+class MapTokens(Trunk):
+    """What both 1D transformers share: positions of K tokens, queries that attend to a memory.
+
+    Args:
+        grid: Map positions (h, w).
+        size: Shape of the transformer.
+        channels: Channels of map and tokens.
+        num_tokens: K.
+    """
+
+    head: nn.Linear | nn.Conv2d
+
+    def __init__(self, grid: tuple[int, int], size: Size, channels: int, num_tokens: int) -> None:
+        super().__init__(grid, size, channels)
+        self.latent_position = learned_table(num_tokens, size.width)
+        self.transformer = QueryTransformer(size.width, size.depth, size.heads)
+
+    @torch.no_grad()
+    def start_local(self) -> None:
+        """Let tokens and the positions of the map begin by attending to each other's places."""
+        patches, tokens = places(len(self.position), *self.latent_position.shape)
+        self.position.copy_(patches)
+        self.latent_position.copy_(tokens)
+        write_content(self.embed)
+        attend_by_place(self.transformer)
+        read_content(self.head)
+
+
+class MapToTokens(MapTokens):
     """1D encoder: queries averaged from the map at many scales attend to the map.
 
     Args:
@@ -49,11 +78,9 @@ class MapToTokens(Trunk):
     """
 
     def __init__(self, grid: tuple[int, int], size: Size, channels: int, num_tokens: int) -> None:
-        super().__init__(grid, size, channels)
+        super().__init__(grid, size, channels, num_tokens)
         self.blocks_of = query_grids(num_tokens, grid)
-        self.latent_position = learned_table(num_tokens, size.width)
         self.query_proj = nn.Linear(size.width, size.width)
-        self.transformer = QueryTransformer(size.width, size.depth, size.heads)
         self.head = nn.Linear(size.width, channels)
 
     def forward(self, features: Tensor) -> Tensor:
@@ -65,8 +92,13 @@ class MapToTokens(Trunk):
         x, _ = self.transformer(queries, memory, self.position, self.latent_position)
         return self.norm_post(x)
 
+    def start_local(self) -> None:
+        """As the other direction; queries are contents too."""
+        super().start_local()
+        write_content(self.query_proj)
 
-class TokensToMap(Trunk):
+
+class TokensToMap(MapTokens):
     """1D decoder: as many copies of the first token as the map has positions attend to the tokens.
 
     Args:
@@ -77,9 +109,7 @@ class TokensToMap(Trunk):
     """
 
     def __init__(self, grid: tuple[int, int], size: Size, channels: int, num_tokens: int) -> None:
-        super().__init__(grid, size, channels)
-        self.latent_position = learned_table(num_tokens, size.width)
-        self.transformer = QueryTransformer(size.width, size.depth, size.heads)
+        super().__init__(grid, size, channels, num_tokens)
         self.head = nn.Conv2d(size.width, channels, 3, padding=1)
 
     def forward(self, tokens: Tensor, tap: int | None = None) -> tuple[Tensor, Tensor | None]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vistok.config import Of, Spec
+from vistok.layers.local_start import Start, write_content
 from vistok.layers.transformer import Size, initialise
 from vistok.registry import preset, register
 from vistok.tokenizers.text import ReadsText
@@ -41,6 +42,13 @@ class TATiTokDecoder(TiTokDecoder):
             context = self.text_proj(context.to(self.text_proj.weight.dtype)) + self.text_position
         return super().forward(codes, context, lengths)
 
+    @torch.no_grad()
+    def start_local(self) -> None:
+        """As TiTok's; the text has contents, and no place."""
+        super().start_local()
+        write_content(self.text_proj)
+        self.text_position.zero_()
+
 
 @register("tokenizer", "ta_titok")
 class TATiTok(ReadsText, TiTokBase):
@@ -59,6 +67,7 @@ class TATiTok(ReadsText, TiTokBase):
         decoder: Shape of the decoder.
         quantizer: Any registered quantizer that needs no grid.
         text_encoder: The frozen text encoder.
+        start: Initialisation, `published` or `local` (ours, for short runs; see `vistok.layers.local_start`).
 
     Example:
         >>> tok = vistok.load("ta_titok_sl128_vae.datacomp")
@@ -79,6 +88,7 @@ class TATiTok(ReadsText, TiTokBase):
         decoder: SizeName | Size = "large",
         quantizer: Annotated[Spec, Of("quantizer")],
         text_encoder: TextEncoder = CLIP,
+        start: Start = "published",
     ) -> None:
         super().__init__()
         size = self._build(image_size, patch_size, num_tokens, quantizer, (encoder, decoder), legacy=False)
@@ -86,6 +96,7 @@ class TATiTok(ReadsText, TiTokBase):
         self.decoder = TATiTokDecoder(self.decoder.grid, num_tokens, size, self.quantizer.dim, spec)
         self.head = PixelHead(size.width, patch_size)
         initialise(self.encoder)  # the official decoder is built after that pass and keeps PyTorch's defaults
+        self._start(start)
 
     @property
     def last_layer(self) -> nn.Parameter:

@@ -10,6 +10,15 @@ from torch import Tensor, nn
 from vistok.config import Of, Spec, create
 from vistok.image import Preprocess
 from vistok.layers.attention import float32_linear
+from vistok.layers.local_start import (
+    Start,
+    attend_by_place,
+    draw_pixels,
+    embed_pixels,
+    places,
+    read_content,
+    write_content,
+)
 from vistok.layers.position import resize_table
 from vistok.layers.transformer import Size, Transformer, initialise
 from vistok.quantizers.base import Quantizer
@@ -46,6 +55,15 @@ class _TextPort(nn.Module):
             assert text is not None
             x = torch.cat([x, self.text_proj(text.to(self.text_proj.weight.dtype))], dim=1)
         return self.norm(self.transformer(x + self.position, rows=rows))
+
+    @torch.no_grad()
+    def start_local(self, patches: int, tokens: int) -> None:
+        """Patches and tokens find each other by place (`vistok.layers.local_start`); text has contents, and none."""
+        self.position.zero_()
+        self.position[: patches + tokens] = torch.cat(places(patches, tokens, self.position.shape[1]))
+        attend_by_place(self.transformer)
+        if self.text_proj is not None:
+            write_content(self.text_proj)
 
 
 class TexTokEncoder(_TextPort):
@@ -141,6 +159,7 @@ class TexTok(ReadsText, Tokenizer):
         quantizer: Any registered quantizer that needs no grid.
         text: Which side reads the caption; `none` is the paper's baseline.
         text_encoder: The frozen text encoder.
+        start: Initialisation, the usual one or `local` (for short runs; see `vistok.layers.local_start`).
 
     Example:
         >>> tok = vistok.create("tokenizer", "textok_128")
@@ -160,6 +179,7 @@ class TexTok(ReadsText, Tokenizer):
         quantizer: Annotated[Spec, Of("quantizer")],
         text: Where = "both",
         text_encoder: TextEncoder = T5_XL,
+        start: Start = "published",
     ) -> None:
         super().__init__()
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
@@ -181,6 +201,20 @@ class TexTok(ReadsText, Tokenizer):
         self.encoder = TexTokEncoder(grid, patch_size, num_tokens, encode, dims[0], reads["encoder"])
         self.decoder = TexTokDecoder(grid, patch_size, num_tokens, decode, dims[1], reads["decoder"])
         initialise(self.encoder, self.decoder)
+        if start == "local":
+            self._start_local()
+
+    @torch.no_grad()
+    def _start_local(self) -> None:
+        encoder, decoder = self.encoder, self.decoder
+        for side in (encoder, decoder):
+            side.start_local(encoder.patches, self.num_tokens)
+        encoder.latents.zero_()
+        decoder.patch_tokens.zero_()
+        embed_pixels(encoder.patch_embed)
+        read_content(encoder.head)
+        write_content(decoder.embed)
+        draw_pixels(decoder.to_patch)
 
     @property
     def last_layer(self) -> nn.Parameter:

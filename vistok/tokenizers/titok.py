@@ -12,6 +12,15 @@ from vistok.config import Of, Spec, create
 from vistok.image import Preprocess
 from vistok.layers.attention import float32_linear
 from vistok.layers.conv import to_map
+from vistok.layers.local_start import (
+    Start,
+    attend_by_place,
+    draw_pixels,
+    embed_pixels,
+    places,
+    read_content,
+    write_content,
+)
 from vistok.layers.position import learned_table, resize_table
 from vistok.layers.transformer import Size, Transformer, initialise
 from vistok.quantizers.base import Quantizer
@@ -66,6 +75,17 @@ class TiTokEncoder(nn.Module):
             x = x.reshape(batch, -1, self.num_tokens).transpose(1, 2)  # (B, K, D) with mixed contents
         return float32_linear(x, self.head)
 
+    @torch.no_grad()
+    def start_local(self) -> None:
+        """Let every latent token begin at its own patches; see `vistok.layers.local_start`."""
+        patches, tokens = places(len(self.position) - 1, *self.latents.shape)
+        self.position[1:] = patches
+        self.latents.zero_()
+        self.latent_position.copy_(tokens)
+        embed_pixels(self.patch_embed)
+        attend_by_place(self.transformer)
+        read_content(self.head)
+
 
 class TiTokDecoder(nn.Module):
     """ViT over [class, mask tokens, latent tokens] that keeps only the mask tokens.
@@ -109,6 +129,16 @@ class TiTokDecoder(nn.Module):
         x = self.transformer(torch.cat([masks, rest], dim=1), rows=slice(1, 1 + patches), valid=valid)  # (B, h * w, D)
         return self.norm_post(x)
 
+    @torch.no_grad()
+    def start_local(self) -> None:
+        """Let every mask token begin by reading the latents of its own patch; see `vistok.layers.local_start`."""
+        patches, tokens = places(len(self.position) - 1, *self.latent_position.shape)
+        self.position[1:] = patches
+        self.mask_token.zero_()
+        self.latent_position.copy_(tokens)
+        write_content(self.embed)
+        attend_by_place(self.transformer)
+
 
 class PixelHead(nn.Module):
     """Patch features to pixels: a linear map per patch, then a 3x3 convolution over the seams."""
@@ -126,6 +156,10 @@ class PixelHead(nn.Module):
         x = x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)  # (B, 3, h * p, w * p)
         return self.smooth(x)
 
+    def start_local(self) -> None:
+        """Begin with faint contents on grey; see `vistok.layers.local_start`."""
+        draw_pixels(self.to_patch, self.smooth)
+
 
 class CodeHead(nn.Sequential):
     """Patch features to logits over the codes of a proxy tokenizer."""
@@ -136,12 +170,17 @@ class CodeHead(nn.Sequential):
         self.act = nn.Tanh()
         self.fc2 = nn.Linear(2 * width, codebook_size)
 
+    def start_local(self) -> None:
+        """Begin by reading contents; see `vistok.layers.local_start`."""
+        read_content(self.fc1)
+
 
 class TiTokBase(Tokenizer):
     """What single-stage and two-stage TiTok share: encoder, quantizer, decoder trunk, sizes."""
 
     encoder: TiTokEncoder
     decoder: TiTokDecoder
+    head: PixelHead | CodeHead
 
     def _build(
         self,
@@ -171,6 +210,12 @@ class TiTokBase(Tokenizer):
         self.decoder = TiTokDecoder(grid, num_tokens, decoder, self.quantizer.dim)
         return decoder
 
+    def _start(self, start: Start) -> None:
+        if start == "local":
+            self.encoder.start_local()
+            self.decoder.start_local()
+            self.head.start_local()
+
     def encode_features(self, images: Tensor) -> Tensor:
         """Pictures in [0, 1], (B, 3, H, W) -> (B, K, quantizer.in_dim), float32."""
         return self.encoder(images)
@@ -197,6 +242,7 @@ class TiTok(TiTokBase):
         encoder: Shape of the encoder, a published size or {width, depth, heads}.
         decoder: Shape of the decoder.
         quantizer: Any registered quantizer; its `in_dim` and `dim` set the width of the latent.
+        start: Initialisation, `published` or `local` (ours, for short runs; see `vistok.layers.local_start`).
 
     Example:
         >>> tok = vistok.create("tokenizer", "titok_bl128_vq8k.in1k")
@@ -215,11 +261,13 @@ class TiTok(TiTokBase):
         encoder: SizeName | Size = "small",
         decoder: SizeName | Size = "small",
         quantizer: Annotated[Spec, Of("quantizer")],
+        start: Start = "published",
     ) -> None:
         super().__init__()
         size = self._build(image_size, patch_size, num_tokens, quantizer, (encoder, decoder), legacy=False)
         self.head = PixelHead(size.width, patch_size)
         initialise(self.encoder, self.decoder, self.head)
+        self._start(start)
 
     @property
     def last_layer(self) -> nn.Parameter:
@@ -251,6 +299,8 @@ class TwoStageTiTok(TiTokBase):
         proxy_dim: Channels of a proxy code; 256 for the published weights.
         pixel_channels: Base width of the pixel decoder; 128 for the published weights.
         pixel_groups: Groups of its norms; 32 for the published weights.
+        start: Initialisation, `published` or `local` (ours, for short runs, best without `legacy_layout`; see
+            `vistok.layers.local_start`).
     """
 
     decoder_parts = ("decoder", "head", "pixel_codebook", "pixel_decoder")
@@ -268,6 +318,7 @@ class TwoStageTiTok(TiTokBase):
         proxy_dim: int = 256,
         pixel_channels: int = 128,
         pixel_groups: int = 32,
+        start: Start = "published",
     ) -> None:
         super().__init__()
         size = self._build(image_size, 16, num_tokens, quantizer, (encoder, decoder), legacy=legacy_layout)
@@ -275,6 +326,7 @@ class TwoStageTiTok(TiTokBase):
         self.pixel_codebook = nn.Embedding(proxy_codes, proxy_dim)
         self.pixel_decoder = MaskGITDecoder(proxy_dim, channels=pixel_channels, groups=pixel_groups)
         initialise(self.encoder, self.decoder, self.head)
+        self._start(start)
 
     @property
     def last_layer(self) -> nn.Parameter:
