@@ -317,6 +317,38 @@ def test_bench_writes_what_it_prints(capsys: Any, tmp_path: Path) -> None:
     assert "Ids that bf16 leaves equal" in said
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--out", "{there}/b.json"), "is a file"),
+        (("--out", "{folder}"), "is a folder. Give the name of a file"),
+        (("--plot", "{folder}/new/b.bmp"), "A diagram ends in .png, .svg, .pdf"),
+    ],
+)
+def test_a_result_that_cannot_be_written_is_refused_before_the_work(capsys, tmp_path, monkeypatch, words, message):
+    monkeypatch.setattr("vistok.evaluate.bench_quantizers.run", lambda **_: pytest.fail("worked first"))
+    (tmp_path / "there").touch()
+    given = [word.format(there=tmp_path / "there", folder=tmp_path) for word in words]
+    assert message in failed(capsys, "bench", "quantizers", *given)
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+
+
+def test_folders_of_results_are_made(capsys: Any, tmp_path: Path) -> None:
+    (tmp_path / "runs.csv").write_text("params,tokens,error\n1,1,0.5\n1,4,0.4\n2,1,0.4\n2,4,0.3\n")
+    ran(capsys, "scaling", tmp_path / "runs.csv", "--out", tmp_path / "new" / "dir" / "law.svg")
+    assert "<svg" in (tmp_path / "new" / "dir" / "law.svg").read_text()
+    ran(capsys, "bench", "quantizers", "--kinds", "fsq", "--steps", 1, "--out", tmp_path / "other" / "b.json")
+    assert (tmp_path / "other" / "b.json").is_file()
+
+
+def test_costs_are_those_of_the_methods_asked_for(capsys: Any) -> None:
+    costs = Path(__file__).parents[1] / "assets" / "methods.json"
+    table = ran(capsys, "list", "method", "to*", "--costs", costs)
+    assert "tome" in table and "token_corr" in table and "fastv" not in table
+    assert "--costs is for methods" in failed(capsys, "list", "tokenizer", "--costs", costs)
+    assert "No method fits 'nothing'" in failed(capsys, "list", "method", "nothing", "--costs", costs)
+
+
 def test_bench_quantizers_prints_a_row_each_and_writes_json(capsys: Any, tmp_path: Path) -> None:
     said = ran(capsys, "bench", "quantizers", "--kinds", "fsq,bsq", "--steps", 2, "--out", tmp_path / "b.json")
     assert {row["spec"]["name"] for row in json.loads((tmp_path / "b.json").read_text())["rows"]} == {"fsq", "bsq"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -34,13 +35,15 @@ def list_registered(
     if protocols or published:
         _list_protocols(pattern if kind == "tokenizer" else kind or "*", published=published, markdown=markdown)
         return
-    if costs is not None:
-        _list_methods(costs, markdown=markdown)
-        return
     if kind and kind not in KINDS:
         if not any(c in kind for c in "*?["):
             raise KeyError(f"No registry kind named {kind!r}. {nearest(kind, KINDS)} For a pattern write '*'.")
         kind, pattern = "", kind
+    if costs is not None:
+        if kind not in ("", "method"):
+            raise ValueError(f"--costs is for methods of token compression, not for kind {kind!r}: vistok list method.")
+        _list_methods(costs, pattern, markdown=markdown)
+        return
     kinds = [k for k in ([kind] if kind else KINDS) if list_names(k, pattern, pretrained=pretrained)]
     if not kinds:
         weighty = " with published weights" if pretrained else ""
@@ -53,11 +56,15 @@ def list_registered(
             rows.print(title=one if len(kinds) > 1 else "")
 
 
-def _list_methods(costs: Path, *, markdown: bool) -> None:
+def _list_methods(costs: Path, pattern: str, *, markdown: bool) -> None:
     from vistok.cli.show import Rows
     from vistok.evaluate.bench_methods import table as methods
 
-    rows = Rows(*methods(costs))
+    head, cells = methods(costs)
+    fitting = [row for row in cells if fnmatch(row[0], pattern)]
+    if not fitting:
+        raise KeyError(f"No method fits {pattern!r}. {nearest(pattern, [row[0] for row in cells])}")
+    rows = Rows(head, fitting)
     typer.echo(rows.markdown()) if markdown else rows.print()
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
 from vistok.cli import errors
 
 VTOK = (".vtok",)
+DIAGRAMS = (".png", ".svg", ".pdf")
 
 
 @dataclass
@@ -90,6 +93,39 @@ def refuse_existing(paths: Sequence[Path], *, overwrite: bool) -> None:
     if there and not overwrite:
         others = f" and {len(there) - 1} more" if len(there) > 1 else ""
         raise FileExistsError(f"{there[0]}{others} exist already. Give --overwrite to replace, or another --out.")
+
+
+def writable(path: Path | None) -> Path | None:
+    """A file that a command writes at its end: refused at its start if that cannot work.
+
+    Raises:
+        OSError: It is a folder, or lies where no file can be made.
+    """
+    if path is None:
+        return None
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder. Give the name of a file.")
+    there = next(folder for folder in path.absolute().parents if folder.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        raise PermissionError(f"{path} cannot be written: {there} {'is read-only' if there.is_dir() else 'is a file'}.")
+    return path
+
+
+def diagram(path: Path | None) -> Path | None:
+    """As `writable`, for a diagram.
+
+    Raises:
+        ValueError: Another ending.
+    """
+    if path is not None and path.suffix.lower() not in DIAGRAMS:
+        raise ValueError(f"A diagram ends in {', '.join(DIAGRAMS)}, and got {path}.")
+    return writable(path)
+
+
+JsonFile = Annotated[
+    Path | None, typer.Option(help="JSON file for the result; replaced if it exists.", callback=writable)
+]
+Plot = Annotated[Path | None, typer.Option(help="Diagram (PNG, SVG or PDF); replaced if it exists.", callback=diagram)]
 
 
 def pictures(count: int) -> str:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from vistok.cli import files
+from vistok.cli.files import JsonFile, Plot
 from vistok.cli.pictures import Device, Model, load
 from vistok.cli.vlm import Clock, Dtype, Task
 
@@ -57,7 +58,7 @@ def bench_tokenizer(
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's own, or 1 for FlexTok.")] = None,
     tokens: Annotated[str, typer.Option(help="FlexTok: numbers of tokens, separated by commas.")] = "",
     steps: Annotated[int | None, typer.Option(min=1, help="FlexTok: sampling steps; 2 by default.")] = None,
-    out: Annotated[Path | None, typer.Option(help="JSON file for the result; replaced if it exists.")] = None,
+    out: JsonFile = None,
 ) -> None:
     """Encode and decode, or sample, against a plain implementation with the same weights."""
     from vistok.evaluate import bench_flow
@@ -123,8 +124,8 @@ def bench_samplers(
     tokens: Annotated[int | None, typer.Option(min=1, help="Tokens per picture; all by default.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; the model's own by default.")] = None,
     device: Device = "",
-    out: Annotated[Path | None, typer.Option(help="JSON file for the result; replaced if it exists.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Diagram (PNG, SVG or PDF); replaced if it exists.")] = None,
+    out: JsonFile = None,
+    plot: Plot = None,
 ) -> None:
     """Quality of a trained flow decoder against the number of network evaluations, for every sampler."""
     from vistok.cli.show import Rows
@@ -149,6 +150,7 @@ def bench_samplers(
     ]
     Rows(("sampler", "steps>", "evaluations>", "PSNR>", "LPIPS>", f"from {result.reference}>"), cells).print()
     if plot is not None:
+        files.make_folders([plot])
         module.plot(result, plot)
         typer.echo(f"Wrote {plot}")
     write_json(out, result.to_dict())
@@ -161,8 +163,8 @@ def bench_quantizers(
     batch: Annotated[int, typer.Option(min=1, help="Crops per step.")] = 32,
     seed: Annotated[int, typer.Option(help="Of weights and crops.")] = 0,
     photos: Annotated[Path | None, typer.Option(help="Folder of JPEG files; the bundled ones by default.")] = None,
-    out: Annotated[Path | None, typer.Option(help="JSON file for the result; replaced if it exists.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Diagram (PNG, SVG or PDF); replaced if it exists.")] = None,
+    out: JsonFile = None,
+    plot: Plot = None,
 ) -> None:
     """Train every quantizer on the same toy autoencoder: reconstruction, usage, time and memory."""
     from vistok.evaluate import bench_quantizers as module
@@ -171,6 +173,7 @@ def bench_quantizers(
     result = module.run(kinds=chosen, steps=steps, batch=batch, seed=seed, photos=photos)
     module.print_table(result)
     if plot is not None:
+        files.make_folders([plot])
         module.plot(result, plot)
         typer.echo(f"Wrote {plot}")
     write_json(out, result.as_dict())
@@ -189,8 +192,8 @@ def bench_vlm(
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's own number by default.")] = None,
     clock: Annotated[Clock, typer.Option(help="process: for one thread on a busy machine.")] = Clock.wall,
     dtype: Annotated[Dtype, typer.Option(help="Of the weights of --model.")] = Dtype.auto,
-    out: Annotated[Path | None, typer.Option(help="JSON file for the result; replaced if it exists.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Diagram (PNG, SVG or PDF); replaced if it exists.")] = None,
+    out: JsonFile = None,
+    plot: Plot = None,
 ) -> None:
     """Prefill, decoding, memory and FLOPs of a model with and without token compression; on scenes, its answers too."""
     from vistok.cli import vlm
@@ -226,7 +229,7 @@ def bench_vit(
     selections: Annotated[
         bool, typer.Option("--selections", help="Also selections behind a CLIP-L/336 tower on five tiles.")
     ] = False,
-    out: Annotated[Path | None, typer.Option(help="JSON file for the result; replaced if it exists.")] = None,
+    out: JsonFile = None,
 ) -> None:
     """Vision transformers with random weights, with and without reduction inside them: processor and wall time."""
     from vistok.evaluate import bench_vit as module
@@ -241,7 +244,9 @@ def bench_vit(
 
 @bench.command("methods")
 def bench_methods(
-    out: Annotated[Path, typer.Option(help="JSON file for the result; replaced if it exists.")],
+    out: Annotated[
+        Path, typer.Option(help="JSON file for the result; replaced if it exists.", callback=files.writable)
+    ],
     keep: Annotated[float, typer.Option(help="Share of image tokens that stay.")] = 1 / 3,
 ) -> None:
     """Count the FLOPs of a prompt with every method; `vistok list method --costs FILE` shows them."""
@@ -260,5 +265,6 @@ def write_json(path: Path | None, content: Mapping[str, Any]) -> None:
 
         from vistok.hub import write_atomic
 
+        files.make_folders([path])
         write_atomic(path, json.dumps(content, indent=2).encode())
         typer.echo(f"Wrote {path}")

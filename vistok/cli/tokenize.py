@@ -176,7 +176,7 @@ def bench_tokenize(
     workers: Annotated[int, typer.Option(min=0, help="Processes that read pictures; 0 for a thread.")] = 0,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's own number by default.")] = None,
     device: Device = "cpu",
-    out: Annotated[Path | None, typer.Option(help="JSON file for the result; replaced if it exists.")] = None,
+    out: files.JsonFile = None,
 ) -> None:
     """Pictures to shards: the whole job against the encoder alone and the reading alone."""
     from vistok.cli.show import Rows

@@ -9,6 +9,8 @@ from typing import Any
 
 import typer
 
+from vistok.cli import files
+
 PLOT = Path("vlm_sweep.png")
 
 
@@ -83,6 +85,7 @@ def run(
         typer.echo(bench_vlm.table(speed))
     path = plot or (PLOT if sweep else None)
     if path is not None:
+        files.make_folders([path])
         if scenes:
             bench_scenes.plot(answers, path)
         else:

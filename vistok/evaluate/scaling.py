@@ -214,7 +214,7 @@ def plan(
 
 
 def plot(law: Law, runs: Sequence[Run], *, text: float, path: str | Path) -> Path:
-    """Error against FLOPs: runs, the law per size, and the inference-optimal frontier, as a PNG."""
+    """Error against FLOPs: runs, the law per size, and the inference-optimal frontier; PNG, SVG or PDF."""
     from matplotlib.figure import Figure
 
     from vistok.hub import write_atomic
@@ -239,6 +239,6 @@ def plot(law: Law, runs: Sequence[Run], *, text: float, path: str | Path) -> Pat
     axes.set_title(f"alpha {law.alpha:.3f}, beta {law.beta:.3f}")
     axes.legend()
     data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=150)
+    figure.savefig(data, format=Path(path).suffix[1:].lower() or "png", dpi=150)
     write_atomic(path, data.getvalue())
     return Path(path)
