@@ -224,6 +224,8 @@ def test_a_quality_is_reached_with_lengths_of_their_own(
     assert {f.stat().st_size for f in (tmp_path / "low").rglob("*.vtok")} == {11}
     said = ran(capsys, "encode", nested, pictures, "--out", tmp_path / "high", "--psnr", "60")
     assert "2 pictures stay below 60 dB with all 16 tokens" in said
+    said = ran(capsys, "encode", nested, pictures / "cat.jpg", "--out", tmp_path / "one", "--psnr", "60")
+    assert "1 picture stays below 60 dB" in said
 
 
 def test_several_token_counts_make_a_ladder(capsys: Any, nested: str, pictures: Path, tmp_path: Path) -> None:
@@ -301,7 +303,7 @@ def test_eval_probes_a_labelled_folder(capsys: Any, model: str, pictures: Path, 
     found = json.loads((tmp_path / "out" / "probe.json").read_text())
     assert f"{found['pictures']['test']} pictures, 2 classes" in said and "5 nearest" in said
     assert found["protocol"]["settings"]["point"] == "codes"
-    assert "probe.json exist already" in failed(capsys, *command)
+    assert "probe.json exists already" in failed(capsys, *command)
     ran(capsys, *command, "--overwrite", "--data", pictures, "--metrics", "psnr")
     assert (tmp_path / "out" / "metrics.json").is_file()
 

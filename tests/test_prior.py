@@ -90,7 +90,7 @@ def test_a_prior_is_not_replaced_unless_asked(coded: Path, capsys: Any, photos: 
     words = ["prior", str(coded), "--data", str(photos[0]), "--out", str(coded)]
     before = (coded / "prior.npz").read_bytes()
     assert run(words) == 2
-    assert "exist already" in capsys.readouterr().err
+    assert "exists already" in capsys.readouterr().err
     assert (coded / "prior.npz").read_bytes() == before
 
 

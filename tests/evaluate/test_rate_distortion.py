@@ -71,7 +71,7 @@ def test_the_command_writes_the_comparison_and_prints_it(folder, tmp_path, capsy
     for name in ("rate_distortion.json", "rate_distortion.html", "curves.png"):
         assert (tmp_path / name).is_file() and f"Wrote {tmp_path / name}" in said
     assert cli(words) == 2  # nothing is replaced unasked
-    assert "exist already" in capsys.readouterr().err
+    assert "exists already" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -82,6 +82,7 @@ def test_the_command_writes_the_comparison_and_prints_it(folder, tmp_path, capsy
         ("planes", "photo", ("--budgets", "64,many"), "--budgets takes integers separated by commas"),
         ("planes", "photo", ("--budgets", ","), "Budgets are numbers of bytes, at least 1 each"),
         ("planes", "photo", ("--budgets", "64,-1"), "Budgets are numbers of bytes, at least 1 each"),
+        ("planes", "photo", ("--budgets", "3,5", "--metrics", "psnr"), "Nothing has files of at most 5 bytes"),
         ("fixed", "photo", (), "has one length only: a rate needs a nested tokenizer"),
         ("planes", "text", (), "There is no picture to evaluate on"),
     ],

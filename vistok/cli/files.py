@@ -91,8 +91,8 @@ def refuse_existing(paths: Sequence[Path], *, overwrite: bool) -> None:
     """
     there = [path for path in paths if path.exists()]
     if there and not overwrite:
-        others = f" and {len(there) - 1} more" if len(there) > 1 else ""
-        raise FileExistsError(f"{there[0]}{others} exist already. Give --overwrite to replace, or another --out.")
+        exist = f" and {len(there) - 1} more exist" if len(there) > 1 else " exists"
+        raise FileExistsError(f"{there[0]}{exist} already. Give --overwrite to replace, or another --out.")
 
 
 def writable(path: Path | None) -> Path | None:

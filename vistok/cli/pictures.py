@@ -86,7 +86,8 @@ def encode(
     if count and tokenizer.prior is not None and tokenizer.coder is None:
         typer.echo("Ids are packed at full width; pip install 'vistok[codec]' makes entropy-coded, smaller files.")
     if short:
-        typer.echo(f"{files.pictures(short)} stay below {psnr:g} dB with all {tokenizer.num_tokens} tokens.")
+        below = f"stay{'s' * (short == 1)} below {psnr:g} dB"
+        typer.echo(f"{files.pictures(short)} {below} with all {tokenizer.num_tokens} tokens.")
     broken.finish()
 
 

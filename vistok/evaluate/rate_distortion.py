@@ -150,7 +150,8 @@ def run(
     files that fit. All are measured on the pictures as the tokenizer's preprocessing cuts them, rounded to 8 bits.
 
     Raises:
-        ValueError: A tokenizer that is not nested, budgets that are none, or no picture that could be read.
+        ValueError: A tokenizer that is not nested, budgets that are none or that no file fits into, or no picture
+            that could be read.
     """
     if not budgets or min(budgets) < 1:
         raise ValueError(f"Budgets are numbers of bytes, at least 1 each, e.g. 64,112; got {list(budgets)}.")
@@ -171,6 +172,8 @@ def run(
         except (OSError, KeyError) as err:
             skipped[codec] = f"this Pillow cannot write it ({err})"
     rows = [_row(coder, b, found[b], originals, built) for coder, found in coded.items() for b in budgets]
+    if all(row["mean_bytes"] is None for row in rows):
+        raise ValueError(f"Nothing has files of at most {max(budgets)} bytes for all pictures. Give larger budgets.")
     used = [p for p in pictures if p not in broken]
     facts = protocol.collect(
         data=protocol.data_facts("pictures", used),
