@@ -26,6 +26,10 @@ MAX_PIXELS = 120_000_000  # a larger picture is refused before its pixels are de
 _PART = 2**20  # samples that are converted at once
 _STRIP = 16  # a resized picture this many times larger than the crop is a strip
 _ORIENTATION = 0x0112  # the EXIF tag
+_DAMAGE = (  # what Pillow's readers raise on damaged files, by format
+    *(OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, AttributeError, ArithmeticError),
+    *(struct.error, zlib.error),
+)
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".jp2", ".ppm", ".pgm")
 
 
@@ -140,22 +144,34 @@ def to_pil(picture: Any) -> Image:
         return _to_rgb(_upright(picture, "the picture"))
     if not Path(picture).is_file():
         raise FileNotFoundError(f"There is no picture {str(picture)!r}.")
+    return _opened(picture, str(picture))
+
+
+def decode(data: bytes, name: str) -> Image:
+    """The bytes of a picture file as `to_pil` gives the file.
+
+    Raises:
+        PictureError: Not a picture, damaged, or too large; the message has `name` in it.
+    """
+    return _opened(io.BytesIO(data), name)
+
+
+def _opened(source: str | Path | io.BytesIO, name: str) -> Image:
     from PIL import Image, UnidentifiedImageError
 
     try:
-        with _no_warnings(), Image.open(picture) as found:
-            return _to_rgb(_upright(found, str(picture)))
+        with _no_warnings(), Image.open(source) as found:
+            return _to_rgb(_upright(found, name))
     except PictureError:
         raise
     except Image.DecompressionBombError as err:  # Pillow's own limit, met while it reads the header
-        raise PictureError(f"{picture} is too large: {err}") from err
+        raise PictureError(f"{name} is too large: {err}") from err
     except UnidentifiedImageError as err:
-        raise PictureError(f"{picture} is not a picture that Pillow reads.") from err
+        raise PictureError(f"{name} is not a picture that Pillow reads.") from err
     except PermissionError as err:
-        raise PictureError(f"{picture} cannot be read: {err.strerror}.") from err
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, struct.error, zlib.error) as err:
-        # what Pillow's readers raise on damaged files, by format
-        raise PictureError(f"{picture} is damaged or not fully written: {_one_line(err)}") from err
+        raise PictureError(f"{name} cannot be read: {err.strerror}.") from err
+    except _DAMAGE as err:
+        raise PictureError(f"{name} is damaged or not fully written: {_one_line(err)}") from err
 
 
 def _one_line(err: Exception) -> str:

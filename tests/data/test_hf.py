@@ -46,7 +46,7 @@ def test_rows_are_read_with_caption_and_label(folder):
 
 def test_damaged_row_is_named(folder):
     data = vistok.create("dataset", "hf", path=str(folder), split="train")
-    with pytest.raises(ValueError, match=r"set\[1\] cannot be read as a picture"):
+    with pytest.raises(ValueError, match=r"set\[1\] is not a picture that Pillow reads"):
         data.read(1)
 
 

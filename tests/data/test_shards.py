@@ -147,9 +147,12 @@ def test_a_download_that_breaks_off_is_refused_and_not_kept(folder):
 
 def test_damaged_picture_is_skipped_by_the_loader(tmp_path):
     write(tmp_path / "d.tar", {"a.jpg": jpeg(1), "b.jpg": jpeg(2)[:200], "c.jpg": jpeg(3)})
+    write(tmp_path / "e.tar", {"a.jpg": b"no picture"})
     data = shards(tmp_path, "d.tar")
-    with pytest.raises(PictureError, match=r"d\.tar:b cannot be read"):
+    with pytest.raises(PictureError, match=r"d\.tar:b is damaged or not fully written"):
         data.read(1)
+    with pytest.raises(PictureError, match=r"e\.tar:a is not a picture that Pillow reads\.$"):
+        shards(tmp_path, "e.tar").read(0)
     loader = Loader(data, Augment(size=(8, 8)), seed=0, global_batch=3)
     with warnings.catch_warnings(action="ignore"):
         list(loader.steps(0, 2))

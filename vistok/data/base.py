@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vistok.image import PictureError, save_png, to_pil
+from vistok.image import save_png
 from vistok.tokens import Tokens
 
 if TYPE_CHECKING:
@@ -183,21 +182,6 @@ def write_files(dataset: Dataset, folder: Path) -> tuple[list[Path], dict[Path, 
         texts[file] = sample.text
     has_text = any(text is not None for text in texts.values())
     return list(texts), {file: text or "" for file, text in texts.items()} if has_text else None, broken
-
-
-def decode(data: bytes, name: str) -> Image:
-    """The bytes of a picture file as an upright 8-bit RGB picture.
-
-    Raises:
-        PictureError: Not a picture, damaged or too large; says which.
-    """
-    from PIL import Image as pillow
-
-    try:
-        with pillow.open(io.BytesIO(data)) as found:
-            return to_pil(found)
-    except Exception as err:  # Pillow's readers raise many types on damaged files, by format
-        raise PictureError(f"{name} cannot be read as a picture: {err}") from err
 
 
 def fingerprint(dataset: Dataset) -> str:

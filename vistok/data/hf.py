@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from vistok.data.base import Sample, decode
-from vistok.image import to_pil
+from vistok.data.base import Sample
+from vistok.image import decode, to_pil
 from vistok.registry import nearest, register
 
 STORED = ("string", "large_string", "binary", "large_binary")  # paths, or files as bytes

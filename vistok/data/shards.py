@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from vistok.data.base import Sample, decode
+from vistok.data.base import Sample
 from vistok.hub import write_atomic
-from vistok.image import EXTENSIONS, find_pictures
+from vistok.image import EXTENSIONS, decode, find_pictures
 from vistok.registry import register
 
 PICTURES = tuple(ending.removeprefix(".") for ending in EXTENSIONS)
