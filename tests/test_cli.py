@@ -293,6 +293,15 @@ def test_eval_names_what_it_skipped(capsys: Any, model: str, pictures: Path, tmp
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["pictures"] == 2
 
 
+def test_a_probe_that_does_not_fit_is_refused_before_anything_is_measured(
+    capsys: Any, model: str, pictures: Path, tmp_path: Path
+) -> None:
+    command = ["eval", model, "--data", pictures, "--metrics", "psnr", "--out", tmp_path / "out", "--probe", pictures]
+    assert "neither 'features'" in failed(capsys, *command, "--point", "nowhere")
+    assert "that are classes" in failed(capsys, *command)
+    assert not (tmp_path / "out").exists()
+
+
 def test_eval_probes_a_labelled_folder(capsys: Any, model: str, pictures: Path, tmp_path: Path) -> None:
     for label, level in (("dark", 10), ("light", 200)):
         (tmp_path / "set" / label).mkdir(parents=True)

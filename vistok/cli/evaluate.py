@@ -79,6 +79,7 @@ def evaluate(
         state = launch.join()
         device, first = str(state.device), state.is_main_process
     tokenizer = load(model, device)
+    labelled = probing.opened(tokenizer, probe, point) if probe is not None else None
     broken = files.Broken()
     if found and rate_distortion:
         if first:
@@ -98,9 +99,9 @@ def evaluate(
         }
         skipped = _measure(tokenizer, found, out, first=first, metrics=names, **options)
         broken.reasons |= skipped if first else {}
-    if probe is not None and first:
+    if labelled is not None and first:
         broken.reasons |= probing.run(
-            tokenizer, probe, out, point=point, pool=pool, num_tokens=tokens, batch=batch, name=model
+            tokenizer, labelled, out, point=point, pool=pool, num_tokens=tokens, batch=batch, name=model
         )
     broken.finish()
 

@@ -12,7 +12,7 @@ import typer
 from vistok.cli import files
 
 if TYPE_CHECKING:
-    from vistok.evaluate.probe import ProbeResult
+    from vistok.evaluate.probe import LabelledFiles, ProbeResult
     from vistok.tokenizers.base import Tokenizer
 
 FILE = "probe.json"
@@ -27,9 +27,17 @@ class Pool(str, Enum):
     flat = "flat"
 
 
+def opened(tokenizer: Tokenizer, folder: Path, point: str) -> tuple[LabelledFiles, LabelledFiles]:
+    """What to learn from and what to test on; refused before any work where the folder or the point does not fit."""
+    from vistok.evaluate.probe import check_point, labelled_folder
+
+    check_point(tokenizer, point)
+    return labelled_folder(folder)
+
+
 def run(
     tokenizer: Tokenizer,
-    folder: Path,
+    sets: tuple[LabelledFiles, LabelledFiles],
     out: Path,
     *,
     point: str,
@@ -40,10 +48,10 @@ def run(
 ) -> dict[Path, str]:
     """Probe a labelled folder, write `probe.json`, print a table; pictures that could not be used, with the reason."""
     from vistok.cli.show import progress
-    from vistok.evaluate.probe import labelled_folder, probe
+    from vistok.evaluate.probe import probe
     from vistok.hub import write_atomic
 
-    train, test = labelled_folder(folder)
+    train, test = sets
     with progress("probe", len(train) + len(test)) as advance:
         result = probe(
             tokenizer,

@@ -27,6 +27,7 @@ from vistok.registry import nearest
 from vistok.tokenizers.base import Tokenizer
 
 Pool = Literal["mean", "flat"]
+POINTS = ("features", "codes", "published")
 NEIGHBOURS = 20
 TEST_SHARE = 5
 """Of a folder without parts of its own, one picture in so many is for testing."""
@@ -167,6 +168,7 @@ def probe(
         ValueError: Pictures without labels, different classes in the two sets, none that can be read, no such point,
             or one without a number of positions common to all pictures while `pool` is `flat`.
     """
+    check_point(tokenizer, point)
     point = tokenizer.probe_point if point == "published" else point
     names = _class_names(train, test)
     reader = _Reader(tokenizer, point, pool, num_tokens, batch, progress or (lambda done: None))
@@ -316,17 +318,24 @@ def _drawn(count: int, limit: int | None) -> list[int]:
     return sorted(int(i) for i in keyed(0, "probe", count).permutation(count)[:limit])
 
 
+def check_point(tokenizer: nn.Module, point: str) -> None:
+    """Refuse a point that the tokenizer does not have.
+
+    Raises:
+        ValueError: Names the nearest.
+    """
+    known = [name for name, _ in tokenizer.named_modules() if name]
+    if point not in (*POINTS, *known):
+        raise ValueError(
+            f"point: {point!r} is neither 'features', 'codes' nor a submodule. {nearest(point, known) or known[:8]}"
+        )
+
+
 @contextmanager
 def _recorded(tokenizer: nn.Module, path: str) -> Iterator[list[Any]]:
     """A list that receives the outputs of a submodule."""
-    modules = dict(tokenizer.named_modules())
-    if not path or path not in modules:
-        known = [name for name in modules if name]
-        raise ValueError(
-            f"point: {path!r} is neither 'features', 'codes' nor a submodule. {nearest(path, known) or known[:8]}"
-        )
     outputs: list[Any] = []
-    handle = modules[path].register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    handle = tokenizer.get_submodule(path).register_forward_hook(lambda module, inputs, output: outputs.append(output))
     try:
         yield outputs
     finally:
