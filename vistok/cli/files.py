@@ -130,7 +130,12 @@ Plot = Annotated[Path | None, typer.Option(help="Diagram (PNG, SVG or PDF); repl
 
 def pictures(count: int) -> str:
     """A number of pictures in words."""
-    return f"{count} picture{'s' * (count != 1)}"
+    return counted(count, "picture")
+
+
+def counted(count: int, thing: str) -> str:
+    """A number of things in words."""
+    return f"{count} {thing}{'s' * (count != 1)}"
 
 
 def listed(text: str) -> list[str]:

@@ -121,14 +121,15 @@ def _run(tokenizer: Any, dataset: Any, out: Path, *, first: bool, **options: Any
 def _say(result: TokenizeResult) -> None:
     views = f", {result.views} views each" if result.views > 1 else ""
     if result.made:
+        speed = f"{result.made / result.seconds:.1f} pictures/s"
         typer.echo(
-            f"Encoded {result.made} pictures in {result.seconds:.1f} s: {result.made / result.seconds:.1f} pictures/s, "
+            f"Encoded {files.pictures(result.made)} in {result.seconds:.1f} s: {speed}, "
             f"{result.waited:.0%} of the time spent waiting for them to be read."
         )
     else:
         typer.echo("Nothing is missing: every shard has its checksum.")
-    shards = f"{result.shards} shard{'s' * (result.shards != 1)}"
-    typer.echo(f"{result.samples} samples{views} in {shards}, {result.bytes} bytes -> {result.folder}")
+    samples, shards = files.counted(result.samples, "sample"), files.counted(result.shards, "shard")
+    typer.echo(f"{samples}{views} in {shards}, {result.bytes} bytes -> {result.folder}")
     if result.skipped:
         name, why = next(iter(result.skipped.items()))
         typer.echo(
