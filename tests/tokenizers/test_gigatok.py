@@ -248,7 +248,7 @@ def test_the_picture_of_the_decoder_hangs_on_the_first_token_most():
         ("gigatok_tiny", {"num_tokens": 12}, "power of two for GigaTok's queries, got 12"),
         ("gigatok_tiny", {"num_tokens": 64}, "64 tokens need a map of multiples of 4x8, and this one is 4x4"),
         ("gigatok_tiny", {"image_size": 40}, "image_size 40x40 is not a multiple of 16"),
-        ("gigatok_tiny", {"channels": 48}, "channels is a multiple of 32"),
+        ("gigatok_tiny", {"channels": 48}, "channels is a multiple of the 32 groups"),
         ("gigatok_tiny", {"semantic_layer": 4}, r"semantic_layer is 1\.\.3 for this decoder, got 4"),
         (
             "gigatok_tiny",

@@ -180,7 +180,7 @@ def test_training_reaches_every_parameter():
 
 
 def test_widths_that_group_norm_cannot_split_are_refused():
-    with pytest.raises(ValueError, match="multiple of 32"):
+    with pytest.raises(ValueError, match="multiple of the 32 groups"):
         vistok.create("tokenizer", "wetok_tiny", channels=48)
 
 

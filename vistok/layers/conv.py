@@ -70,15 +70,16 @@ class AdaptiveGroupNorm(nn.Module):
     unbiased variance over positions, float32. Where a map has one position the official variance is NaN; it is 0 here.
 
     Args:
-        channels: Channels of x, C; a multiple of 32.
+        channels: Channels of x, C; a multiple of `groups`.
         style: Channels of the style map.
+        groups: Groups of the norm.
         eps: Epsilon of norm and deviation.
     """
 
-    def __init__(self, channels: int, style: int, *, eps: float = 1e-6) -> None:
+    def __init__(self, channels: int, style: int, groups: int = 32, *, eps: float = 1e-6) -> None:
         super().__init__()
         self.eps = eps
-        self.norm = nn.GroupNorm(32, channels, eps=eps, affine=False)
+        self.norm = nn.GroupNorm(groups, channels, eps=eps, affine=False)
         self.gamma = nn.Linear(style, channels)
         self.beta = nn.Linear(style, channels)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vistok.layers.conv import GroupNormSiLU
+from vistok.layers.conv import AdaptiveGroupNorm, GroupNormSiLU
 
 EPS = 1e-6
 
@@ -15,11 +15,11 @@ EPS = 1e-6
 class ResBlock(nn.Module):
     """Norm, SiLU and 3x3 convolution twice; a 1x1 convolution on the way around where the width changes."""
 
-    def __init__(self, inner: int, outer: int) -> None:
+    def __init__(self, inner: int, outer: int, groups: int) -> None:
         super().__init__()
-        self.norm1 = GroupNormSiLU(32, inner, eps=EPS)
+        self.norm1 = GroupNormSiLU(groups, inner, eps=EPS)
         self.conv1 = nn.Conv2d(inner, outer, 3, padding=1)
-        self.norm2 = GroupNormSiLU(32, outer, eps=EPS)
+        self.norm2 = GroupNormSiLU(groups, outer, eps=EPS)
         self.conv2 = nn.Conv2d(outer, outer, 3, padding=1)
         self.shortcut = nn.Conv2d(inner, outer, 1) if inner != outer else nn.Identity()
 
@@ -54,54 +54,32 @@ class GrowConv2d(nn.Conv2d):
         return x.permute(0, 3, 4, 1, 5, 2).flatten(4, 5).flatten(2, 3)
 
 
-class AdaptiveGroupNorm(nn.Module):
-    """Group norm whose scale and shift come from the spread and the mean of another map.
-
-    Scale from sqrt(var + eps) with the unbiased variance over positions, shift from the mean, each through a linear
-    layer.
-
-    Args:
-        channels: C, of what is normalised.
-        style: Channels of the other map.
-    """
-
-    def __init__(self, channels: int, style: int) -> None:
-        super().__init__()
-        self.gamma = nn.Linear(style, channels)
-        self.beta = nn.Linear(style, channels)
-
-    def forward(self, x: Tensor, style: Tensor) -> Tensor:
-        """X (B, C, h, w) and the map (B, style, H, W) -> (B, C, h, w)."""
-        spread = (style.float().var((2, 3)) + EPS).sqrt().to(style.dtype)
-        scale, shift = self.gamma(spread)[..., None, None], self.beta(style.mean((2, 3)))[..., None, None]
-        return F.group_norm(x, 32, eps=EPS) * scale + shift
-
-
 class PictureEncoder(nn.Module):
     """Pictures to a map of 1 / 2^(levels - 1) their side.
 
     Args:
-        channels: Base width, a multiple of 32.
+        channels: Base width, a multiple of `groups`.
         multipliers: Width of each level over `channels`, fine to coarse.
         out: Channels of the map.
         blocks: Residual blocks per level.
+        groups: Groups of the norms.
     """
 
-    def __init__(self, channels: int, multipliers: Sequence[int], out: int, blocks: int = 2) -> None:
+    def __init__(self, channels: int, multipliers: Sequence[int], out: int, blocks: int = 2, groups: int = 32) -> None:
         super().__init__()
         self.conv_in = nn.Conv2d(3, channels, 3, padding=1)
         self.levels, width = nn.ModuleList(), channels
         for i, multiplier in enumerate(multipliers):
             outer = channels * multiplier
             level = nn.ModuleDict(
-                {"blocks": nn.Sequential(*(ResBlock(width if j == 0 else outer, outer) for j in range(blocks)))}
+                {"blocks": nn.Sequential(*(ResBlock(width if j == 0 else outer, outer, groups) for j in range(blocks)))}
             )
             if i < len(multipliers) - 1:
                 level["shrink"] = ShrinkConv2d(outer)
             self.levels.append(level)
             width = outer
-        self.middle = nn.Sequential(ResBlock(width, width), ResBlock(width, width))
-        self.norm_out = GroupNormSiLU(32, width, eps=EPS)
+        self.middle = nn.Sequential(ResBlock(width, width, groups), ResBlock(width, width, groups))
+        self.norm_out = GroupNormSiLU(groups, width, eps=EPS)
         self.conv_out = nn.Conv2d(width, out, 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -117,31 +95,36 @@ class PictureDecoder(nn.Module):
     """A map to pictures of 2^(levels - 1) its side, normalised adaptively by the map itself.
 
     Args:
-        channels: Base width, a multiple of 32.
+        channels: Base width, a multiple of `groups`.
         multipliers: Width of each level over `channels`, fine to coarse.
         inner: Channels of the map.
         blocks: Residual blocks per level.
+        groups: Groups of the norms.
     """
 
-    def __init__(self, channels: int, multipliers: Sequence[int], inner: int, blocks: int = 3) -> None:
+    def __init__(
+        self, channels: int, multipliers: Sequence[int], inner: int, blocks: int = 3, groups: int = 32
+    ) -> None:
         super().__init__()
         width = channels * multipliers[-1]
         self.conv_in = nn.Conv2d(inner, width, 3, padding=1)
-        self.middle = nn.Sequential(ResBlock(width, width), ResBlock(width, width))
+        self.middle = nn.Sequential(ResBlock(width, width, groups), ResBlock(width, width, groups))
         self.levels = nn.ModuleList()
         for i, multiplier in enumerate(reversed(multipliers)):
             outer = channels * multiplier
             level = nn.ModuleDict(
                 {
-                    "adapt": AdaptiveGroupNorm(width, inner),
-                    "blocks": nn.Sequential(*(ResBlock(width if j == 0 else outer, outer) for j in range(blocks))),
+                    "adapt": AdaptiveGroupNorm(width, inner, groups, eps=EPS),
+                    "blocks": nn.Sequential(
+                        *(ResBlock(width if j == 0 else outer, outer, groups) for j in range(blocks))
+                    ),
                 }
             )
             if i < len(multipliers) - 1:
                 level["grow"] = GrowConv2d(outer)
             self.levels.append(level)
             width = outer
-        self.norm_out = GroupNormSiLU(32, width, eps=EPS)
+        self.norm_out = GroupNormSiLU(groups, width, eps=EPS)
         self.conv_out = nn.Conv2d(width, 3, 3, padding=1)
 
     def forward(self, features: Tensor) -> Tensor:

@@ -57,22 +57,22 @@ class GigaTokBase(Tokenizer):
         num_tokens: int | None,
         sizes: Sequence[Any],
         quantizer: Spec,
-        channels: tuple[int, tuple[int, ...], int],
+        channels: tuple[int, tuple[int, ...], int, int],
     ) -> tuple[tuple[int, int], Size, Size]:
         """Set everything but the transformers; the map's (h, w) and the sizes of both transformers."""
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-        base, multipliers, inner = channels
+        base, multipliers, inner, groups = channels
         factor = 2 ** (len(multipliers) - 1)
         if min(height, width) < factor or height % factor or width % factor:
             raise ValueError(f"image_size {height}x{width} is not a multiple of {factor}.")
-        if base < 32 or base % 32:
-            raise ValueError(f"channels is a multiple of 32 (groups of the norms), got {base}.")
+        if groups < 1 or base < groups or base % groups:
+            raise ValueError(f"channels is a multiple of the {groups} groups of the norms, got {base}.")
         grid = (height // factor, width // factor)
         self.num_tokens = num_tokens or grid[0] * grid[1]
         self.preprocess = Preprocess(size=(height, width))
         self.quantizer: Quantizer = create("quantizer", **quantizer)
-        self.encoder = PictureEncoder(base, multipliers, inner)
-        self.decoder = PictureDecoder(base, multipliers, inner)
+        self.encoder = PictureEncoder(base, multipliers, inner, groups=groups)
+        self.decoder = PictureDecoder(base, multipliers, inner, groups=groups)
         self.quant_proj = nn.Linear(inner, self.quantizer.in_dim)
         self.code_proj = nn.Linear(self.quantizer.dim, inner)
         encode, decode = (SIZES[s] if isinstance(s, str) else s for s in sizes)
@@ -175,6 +175,7 @@ class GigaTok(GigaTokBase):
         channels: Base width of the convolutions.
         multipliers: Their width per level over `channels`, fine to coarse.
         inner: Channels of map and tokens.
+        groups: Groups of the convolutions' norms, 32 as published; groups of one channel take the mean colour out.
         semantic_layer: Layer of the decoder's transformer, counted from 1, after which semantic features are read.
         semantic_dim: Channels of the teacher's features, 768 for DINOv2-B; null for none.
         start: Initialisation, `published` or `local` (ours, for short runs; see `vistok.layers.local_start`).
@@ -199,12 +200,13 @@ class GigaTok(GigaTokBase):
         channels: int = 128,
         multipliers: tuple[int, ...] = (1, 1, 2, 2, 4),
         inner: int = 256,
+        groups: int = 32,
         semantic_layer: int = 3,
         semantic_dim: int | None = 768,
         start: Start = "published",
     ) -> None:
         super().__init__()
-        convs = (channels, tuple(multipliers), inner)
+        convs = (channels, tuple(multipliers), inner, groups)
         grid, encode, decode = self._build(image_size, num_tokens, (encoder, decoder), quantizer, convs)
         if self.quantizer.num_ids(num_tokens) != num_tokens:
             name = type(self.quantizer).__name__
@@ -237,6 +239,7 @@ class GigaTok2D(GigaTokBase):
         channels: Base width of the convolutions.
         multipliers: Their width per level over `channels`, fine to coarse.
         inner: Channels of map and tokens.
+        groups: Groups of the convolutions' norms, 32 as published; groups of one channel take the mean colour out.
         semantic_layer: Layer of the decoder's transformer, counted from 1, after which semantic features are read.
         semantic_dim: Channels of the teacher's features, 768 for DINOv2-B; null for none.
     """
@@ -255,11 +258,12 @@ class GigaTok2D(GigaTokBase):
         channels: int = 128,
         multipliers: tuple[int, ...] = (1, 1, 2, 2, 4),
         inner: int = 256,
+        groups: int = 32,
         semantic_layer: int = 3,
         semantic_dim: int | None = 768,
     ) -> None:
         super().__init__()
-        convs = (channels, tuple(multipliers), inner)
+        convs = (channels, tuple(multipliers), inner, groups)
         grid, encode, decode = self._build(image_size, None, (encoder, decoder), quantizer, convs)
         self.factor = 2 ** (len(multipliers) - 1)
         self.num_tokens = self.quantizer.num_ids(grid[0] * grid[1], grid)

@@ -32,11 +32,11 @@ FIXED_NOISE = 0
 class ResidualBlock(nn.Module):
     """Two 3x3 convolutions without bias, each after group norm and SiLU; a 1x1 short cut where channels change."""
 
-    def __init__(self, inner: int, outer: int) -> None:
+    def __init__(self, inner: int, outer: int, groups: int) -> None:
         super().__init__()
-        self.norm1 = GroupNormSiLU(32, inner, eps=1e-6)
+        self.norm1 = GroupNormSiLU(groups, inner, eps=1e-6)
         self.conv1 = nn.Conv2d(inner, outer, 3, padding=1, bias=False)
-        self.norm2 = GroupNormSiLU(32, outer, eps=1e-6)
+        self.norm2 = GroupNormSiLU(groups, outer, eps=1e-6)
         self.conv2 = nn.Conv2d(outer, outer, 3, padding=1, bias=False)
         self.nin_shortcut = nn.Conv2d(inner, outer, 1, bias=False) if inner != outer else None
 
@@ -46,16 +46,18 @@ class ResidualBlock(nn.Module):
         return out + (x if self.nin_shortcut is None else self.nin_shortcut(x))
 
 
-def _blocks(inner: int, outer: int, count: int) -> nn.ModuleList:
-    return nn.ModuleList(ResidualBlock(a, b) for a, b in pairwise([inner] + [outer] * count))
+def _blocks(inner: int, outer: int, count: int, groups: int) -> nn.ModuleList:
+    return nn.ModuleList(ResidualBlock(a, b, groups) for a, b in pairwise([inner] + [outer] * count))
 
 
 class _Level(nn.Module):
     """Residual blocks of one resolution and the way to the next one, a module called `step` in the state dict."""
 
-    def __init__(self, inner: int, outer: int, count: int, step: str = "", module: nn.Module | None = None) -> None:
+    def __init__(
+        self, inner: int, outer: int, count: int, groups: int, step: str = "", module: nn.Module | None = None
+    ) -> None:
         super().__init__()
-        self.block = _blocks(inner, outer, count)
+        self.block = _blocks(inner, outer, count, groups)
         self.step = "" if module is None else step
         if module is not None:
             self.add_module(step, module)
@@ -71,20 +73,22 @@ class WeTokEncoder(nn.Module):
 
     Args:
         out_channels: Channels of the features.
-        widths: Channels of every level, the finest first; multiples of 32. Each level but the last halves the sides.
+        widths: Channels of every level, the finest first; multiples of `groups`. Each level but the last halves both
+            sides.
         blocks: Residual blocks per level.
+        groups: Groups of the norms.
     """
 
-    def __init__(self, out_channels: int, widths: Sequence[int], blocks: int) -> None:
+    def __init__(self, out_channels: int, widths: Sequence[int], blocks: int, groups: int = 32) -> None:
         super().__init__()
         self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1, bias=False)
         levels = []
         for i, (inner, outer) in enumerate(pairwise([widths[0], *widths])):
             down = nn.Conv2d(outer, outer, 3, stride=2, padding=1) if i < len(widths) - 1 else None
-            levels.append(_Level(inner, outer, blocks, "downsample", down))
+            levels.append(_Level(inner, outer, blocks, groups, "downsample", down))
         self.down = nn.ModuleList(levels)
-        self.mid_block = _blocks(widths[-1], widths[-1], blocks)
-        self.norm_out = GroupNormSiLU(32, widths[-1], eps=1e-6)
+        self.mid_block = _blocks(widths[-1], widths[-1], blocks, groups)
+        self.norm_out = GroupNormSiLU(groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], out_channels, 1)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -104,24 +108,27 @@ class WeTokDecoder(nn.Module):
 
     Args:
         in_channels: Channels of the codes.
-        widths: Channels of every level, the finest first; multiples of 32.
+        widths: Channels of every level, the finest first; multiples of `groups`.
         blocks: Residual blocks per level.
+        groups: Groups of the norms.
         generative: Whether as many channels of noise go in beside the codes (they do not style).
     """
 
-    def __init__(self, in_channels: int, widths: Sequence[int], blocks: int, *, generative: bool = False) -> None:
+    def __init__(
+        self, in_channels: int, widths: Sequence[int], blocks: int, groups: int = 32, *, generative: bool = False
+    ) -> None:
         super().__init__()
         self.generative = generative
         self.conv_in = nn.Conv2d(in_channels * (1 + generative), widths[-1], 3, padding=1)
-        self.mid_block = _blocks(widths[-1], widths[-1], blocks)
+        self.mid_block = _blocks(widths[-1], widths[-1], blocks, groups)
         entered = [*widths[1:], widths[-1]]  # level i is entered with the width of the next coarser one
         levels = []
         for i, (inner, outer) in enumerate(zip(entered, widths)):
             up = DepthToSpaceConv2d(outer) if i else None
-            levels.append(_Level(inner, outer, blocks, "upsample", up))
+            levels.append(_Level(inner, outer, blocks, groups, "upsample", up))
         self.up = nn.ModuleList(levels)
-        self.adaptive = nn.ModuleList(AdaptiveGroupNorm(width, in_channels) for width in entered)
-        self.norm_out = GroupNormSiLU(32, widths[0], eps=1e-6)
+        self.adaptive = nn.ModuleList(AdaptiveGroupNorm(width, in_channels, groups) for width in entered)
+        self.norm_out = GroupNormSiLU(groups, widths[0], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -151,11 +158,12 @@ class WeTok(Tokenizer):
 
     Args:
         image_size: Side in pixels, or (H, W), that picture files are cropped to.
-        channels: Width of the finest level; a multiple of 32.
+        channels: Width of the finest level; a multiple of `groups`.
         multipliers: Width of each level over `channels`, the finest first; n levels make a factor of 2^(n - 1).
         blocks: Residual blocks per level.
         quantizer: Any registered quantizer; the published one is `group_lfq` with 8 bits a group.
         generative: Whether the decoder takes noise.
+        groups: Groups of the norms, 32 as published. Groups of one channel take the mean colour out of small models.
 
     Example:
         >>> tok = vistok.create("tokenizer", "wetok_r192.general")
@@ -174,22 +182,23 @@ class WeTok(Tokenizer):
         blocks: int = 4,
         quantizer: Annotated[Spec, Of("quantizer")],
         generative: bool = False,
+        groups: int = 32,
     ) -> None:
         super().__init__()
         size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
         widths = [channels * m for m in multipliers]
-        if not widths or min(widths) < 1 or any(w % 32 for w in widths) or blocks < 1:
+        if not widths or min(widths) < 1 or groups < 1 or any(w % groups for w in widths) or blocks < 1:
             raise ValueError(
-                f"Every level needs a width that is a multiple of 32 and at least one block, got widths {widths} and "
-                f"{blocks} blocks."
+                f"Every level needs a width that is a multiple of the {groups} groups and at least one block, got "
+                f"widths {widths} and {blocks} blocks."
             )
         self.multiple = 2 ** (len(widths) - 1)
         self.preprocess = Preprocess(size=size)
         self.quantizer: Quantizer = create("quantizer", **quantizer)
         grid = self.grid_for(size)
         self.num_tokens = self.quantizer.num_ids(grid[0] * grid[1], grid)
-        self.encoder = WeTokEncoder(self.quantizer.in_dim, widths, blocks)
-        self.decoder = WeTokDecoder(self.quantizer.dim, widths, blocks, generative=generative)
+        self.encoder = WeTokEncoder(self.quantizer.in_dim, widths, blocks, groups)
+        self.decoder = WeTokDecoder(self.quantizer.dim, widths, blocks, groups, generative=generative)
 
     @property
     def last_layer(self) -> nn.Parameter:
