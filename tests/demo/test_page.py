@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ import pytest
 
 import vistok
 from tests.plugins import local
+from vistok.demo import page
+from vistok.demo.kept import FeatureKeeper
+from vistok.demo.look import Look, Viewer
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 MISSING = [name for name in ("gradio", "playwright") if importlib.util.find_spec(name) is None]
@@ -117,6 +121,31 @@ def test_a_picture_is_dropped_in_and_the_sliders_change_what_is_seen(photos: lis
         tab.locator("#vt-picture-tokens button[aria-label='Remove Image'], #vt-picture-tokens button").first.click()
         tab.locator(".vt-photos .thumbnail-item").nth(1).click()
         tab.wait_for_selector("#vt-view .vt-cards img")
+
+
+def test_curves_that_take_their_time_are_marked_where_the_slider_is_by_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = Look.curve
+
+    def slow(look: Look) -> dict[str, list[tuple[int, float]]]:
+        time.sleep(6)
+        return plain(look)
+
+    monkeypatch.setattr(Look, "curve", slow)
+    name = "spectral_planes_128.free"
+    blocks = page.build(page.gradio(), Viewer(vistok.load(name), name), FeatureKeeper())
+    _, address, _ = blocks.launch(prevent_thread_lock=True, quiet=True, ssr_mode=False, _frontend=False)
+    try:
+        with opened(address.rstrip("/")) as tab:
+            tab.wait_for_selector("#vt-view .vt-cards img")
+            tab.locator("#vt-tokens input[type=number]").fill("9")
+            tab.locator("#vt-tokens input[type=number]").press("Enter")
+            wait_for(tab, "#vt-view [data-figure=smaller] .vt-value", "times")
+            tab.wait_for_selector("#vt-drawn polyline")
+            tab.wait_for_timeout(1000)
+            assert figure(tab, "tokens") == "9"
+            assert tab.get_attribute("#vt-drawn .vt-at", "data-bytes") == figure(tab, "bytes")
+    finally:
+        blocks.close()
 
 
 def test_the_second_tab_paints_without_a_model() -> None:

@@ -159,7 +159,9 @@ def curve_svg(curves: Mapping[str, Sequence[tuple[int, float]]], at: int | None 
     )
     if at is not None:
         x0, _ = place(at, low_y)
-        parts.append(f'<line class="vt-at" x1="{x0:.1f}" x2="{x0:.1f}" y1="18" y2="{HEIGHT - BOTTOM}"/>')
+        parts.append(
+            f'<line class="vt-at" data-bytes="{at}" x1="{x0:.1f}" x2="{x0:.1f}" y1="18" y2="{HEIGHT - BOTTOM}"/>'
+        )
     parts += _lines(curves, place)
     return (
         f'<div class="vt-curve"><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="PSNR against bytes">'

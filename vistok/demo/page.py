@@ -182,15 +182,18 @@ def _tokens_tab(gr: Any, page: Any, viewer: Viewer) -> None:
         view = look.at(count)
         return view_html(view, viewer.name), curve_svg(lines, view.size)
 
-    def draw(look: Look | None, count: int) -> tuple[dict[str, Any], str]:
-        lines = {} if look is None else look.curve()
-        return lines, curve_svg(lines, None if look is None else look.size(count))
+    def measure(look: Look | None) -> dict[str, Any]:
+        return {} if look is None else look.curve()
+
+    def draw(look: Look | None, lines: dict[str, Any], count: int) -> str:
+        return curve_svg(lines, None if look is None else look.size(count))
 
     # each step reads where the slider is by then: a slow picture does not bring back an old position
     for event in (page.load, dropped.change, caption.submit):
         done = event(encode, [dropped, caption], [state, shown, curves, drawn], show_progress="hidden")
         done = done.then(move, [state, curves, slider], [shown, drawn], show_progress="hidden")
-        done.then(draw, [state, slider], [curves, drawn], show_progress="hidden")
+        done = done.then(measure, state, curves, show_progress="hidden")
+        done.then(draw, [state, curves, slider], drawn, show_progress="hidden")
     slider.change(move, [state, curves, slider], [shown, drawn], show_progress="hidden", trigger_mode="always_last")
 
 

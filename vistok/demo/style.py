@@ -24,9 +24,9 @@ footer { display: none !important; }
 .vt-figure { padding: 9px 12px 10px; }
 .vt-name { font-size: 0.74rem; font-weight: 600; color: var(--vt-soft); text-transform: uppercase;
   letter-spacing: 0.05em; }
-.vt-value small { font-size: 0.85rem; font-weight: 600; color: var(--vt-soft); margin-left: 4px; }
+.vt-value small { font-size: 0.85rem; font-weight: 600; color: var(--vt-soft); }
 .vt-value { font-size: 1.4rem; line-height: 1.3; font-weight: 680; font-variant-numeric: tabular-nums;
-  white-space: nowrap; }
+  display: flex; flex-wrap: wrap; align-items: baseline; column-gap: 4px; }
 .vt-small { font-size: 0.76rem; line-height: 1.4; color: var(--vt-soft); }
 .vt-cards { display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); gap: 14px; }
 .vt-card { margin: 0; overflow: hidden; }
