@@ -292,6 +292,20 @@ def test_clips_become_shorter(kind, name):
         assert plugin.trace.image[0] == [4 + newline]
 
 
+def test_clips_with_different_numbers_of_clusters_share_a_batch():
+    found = zoo.HOSTS["llava_onevision"](dtype=torch.float64)
+    batch = [(1, [("video", 2)]), (4, [("video", 5)]), (2, [])]
+    inputs = found.prompt(batch)
+    clips = inputs["pixel_values_videos"]
+    clips[0, 1] = clips[0, 0]  # four features, each twice: of six clusters two stay empty
+    with attach(found.model, "vqtoken", keep=6) as plugin:
+        together = logits_of(found.model, inputs)
+        assert plugin.trace.image[-1] == [4 + 1, 6 + 1, 0]
+        for row in range(2):
+            alone = {**found.prompt([batch[row]]), "pixel_values_videos": clips[row : row + 1]}
+            torch.testing.assert_close(together[row], logits_of(found.model, alone)[0], atol=1e-5, rtol=0)
+
+
 def test_a_still_clip_loses_nothing_to_frame_merging():
     found = host("llava_onevision")
     inputs = found.prompt([(5, [("video", 2)])])

@@ -97,6 +97,8 @@ class Family:
     def features(self, model: Any, output: Any) -> list[Tensor]:
         """Features of an encoder output, one (n, D) tensor per image."""
         pooled = output.pooler_output
+        if isinstance(pooled, Tensor) and getattr(output, "uneven", None):
+            return [image for row in pooled for image in row.split(output.uneven)]
         return list(pooled) if not isinstance(pooled, Tensor) or pooled.ndim == 3 else [pooled]
 
     def blocks(self, model: Any, output: Any, kwargs: dict[str, Any], modality: str) -> list[list[Block]]:
@@ -108,6 +110,7 @@ class Family:
         if isinstance(output.pooler_output, Tensor):
             equal = len({len(f) for f in features}) == 1
             output.pooler_output = torch.stack(features) if equal else torch.cat(features).unsqueeze(0)
+            output.uneven = None if equal else [len(f) for f in features]  # for `features`
         else:
             output.pooler_output = features
         return output
