@@ -123,6 +123,7 @@ def test_a_picture_is_dropped_in_and_the_sliders_change_what_is_seen(photos: lis
         tab.wait_for_selector("#vt-view .vt-cards img")
 
 
+@pytest.mark.filterwarnings("ignore:The copy keyword")  # of pandas, from Gradio
 def test_curves_that_take_their_time_are_marked_where_the_slider_is_by_then(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = Look.curve
 
