@@ -25,7 +25,7 @@ FOLDER = Path(__file__).resolve().parent
 RESULTS = FOLDER / "tiny_results.json"
 NEEDED = {"psnr", "ssim", "lpips_alex"}
 PIXELS = {"mse", "l1", "smooth_l1", "lpips", "flow", "pixels"}
-STEPS, BATCH = 120, 16
+STEPS, BATCH = 240, 16
 COLUMNS = (
     "recipe",
     "pixels>",
