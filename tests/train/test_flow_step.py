@@ -95,7 +95,7 @@ def test_two_halves_of_a_batch_equal_the_whole():
 
 
 def test_the_loss_of_a_silent_model_is_that_of_the_noise():
-    _, step = built({"start": "silent"})
+    _, step = built({"start": "published"})
     given = batch(8)
     noise = given.normal("flow_noise", (3, 32, 32))
     expected = (noise - (2 * given.images - 1)).square().mean()

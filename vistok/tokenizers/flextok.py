@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vistok.config import Of, Spec, create
 from vistok.flow import Guidance, RectifiedFlow, Sampling
 from vistok.image import Preprocess
+from vistok.layers.local_start import Start
 from vistok.quantizers.base import Quantizer
 from vistok.registry import preset, register
 from vistok.tokenizers.base import Tokenizer, TokenizerOutput
@@ -23,7 +24,6 @@ from vistok.tokens import Tokens
 
 SizeName = Literal["d12", "d18", "d28"]
 NestedDropout = Literal["uniform", "pow2", "uniform_pow2"]
-Start = Literal["silent", "local"]
 
 
 SIZES = {f"d{n}": Size(width=64 * n, depth=n, heads=n) for n in (12, 18, 28)}
@@ -57,8 +57,9 @@ class FlexTok(Tokenizer):
         learned_null: Whether the empty condition is a learnt vector.
         head_modulation: Whether time modulates the output layer.
         prediction: What the network gives, see `RectifiedFlow`; `velocity` in all released models.
-        start: `silent`: blocks and heads give nothing at first, as in the official code. `local`: they do, and tokens
-            read and write places of the picture from the first step on, which short runs need (see `initialise`).
+        start: `published`: blocks and heads give nothing at first, as in the official code. `local`: they do, and
+            tokens read and write places of the picture from the first step on, which short runs need (see
+            `initialise`).
         repa_layer: Block whose patch features a REPA loss reads, counted from 0.
         repa_dim: Width of the REPA teacher; None for no projector (it is used in training alone).
         sampling: How tokens are decoded by default.
@@ -90,7 +91,7 @@ class FlexTok(Tokenizer):
         learned_null: bool = True,
         head_modulation: bool = True,
         prediction: Literal["velocity", "data"] = "velocity",
-        start: Start = "silent",
+        start: Start = "published",
         repa_layer: int = 1,
         repa_dim: int | None = None,
         sampling: Sampling | None = None,
@@ -334,8 +335,8 @@ def projector(width: int, out: int, ratio: int = 4) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-def initialise(model: FlexTok, start: Start = "silent") -> None:
-    """Xavier-uniform linear layers without bias; modulations zero, and for a `silent` start both heads, as officially.
+def initialise(model: FlexTok, start: Start = "published") -> None:
+    """Xavier-uniform linear layers without bias; modulations zero, and for a `published` start both heads.
 
     A `local` start is ours: gates are one; keys equal queries, and every register, in encoder and decoder, stands at
     the position of a patch of its own, in random order, so that it first reads and writes that patch; and noise enters
@@ -349,7 +350,7 @@ def initialise(model: FlexTok, start: Start = "silent") -> None:
         for name, layer in part.named_modules():
             if isinstance(layer, nn.Linear):
                 head = layer in (model.encoder.head, model.decoder.head)
-                silent = "modulation" in name or (head and start == "silent")
+                silent = "modulation" in name or (head and start == "published")
                 nn.init.zeros_(layer.weight) if silent else _xavier(layer, name)
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
