@@ -38,6 +38,15 @@ def test_reconstruct_takes_them_without_being_asked(tmp_path, capsys):
     assert {p.name for p in tmp_path.iterdir()} == {"01-cat.16.png", "01-cat.64.png", "ladder.png"}
 
 
+def test_reconstruct_takes_a_folder_of_pictures_alone(tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "photo.jpg").write_bytes(Photos(split="heldout").files[0].read_bytes())
+    assert run(["reconstruct", str(tmp_path / "in"), "--tokens", "16", "--out", str(tmp_path / "out")]) == 0
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"photo.16.png", "comparison.16.png"}
+    assert run(["reconstruct", "nothing", "--out", str(tmp_path / "none")]) == 2
+    assert "There are no pictures" in capsys.readouterr().err
+
+
 def test_saving_keeps_the_prior(tmp_path):
     tokenizer = vistok.load(NAME)
     tokenizer.save_pretrained(tmp_path)

@@ -139,7 +139,9 @@ def reconstruct(
     from vistok.evaluate.grid import count_tokens, save_grid, save_ladder
     from vistok.image import find_pictures, read_batches, save_png, to_pictures
 
-    model, sources = (DEFAULT, words) if Path(words[0]).suffix.lower() in PICTURES else (words[0], words[1:])
+    first = Path(words[0])
+    only_pictures = first.suffix.lower() in PICTURES or (len(words) == 1 and first.is_dir())
+    model, sources = (DEFAULT, words) if only_pictures else (words[0], words[1:])
     if not sources:
         raise typer.BadParameter(f"There are no pictures: give files, folders or patterns after the model {model!r}.")
     found = files.collect(sources, find_pictures)
