@@ -450,6 +450,15 @@ def test_info_of_a_preset_shows_licences_figures_and_sizes(capsys: Any) -> None:
         assert expected in said
 
 
+def test_info_of_a_folder_shows_what_was_saved(tmp_path: Path, capsys: Any) -> None:
+    model = vistok.create("tokenizer", "one_d_piece_tiny", num_tokens=8)
+    model.save_pretrained(tmp_path / "mine")
+    said = ran(capsys, "info", str(tmp_path / "mine"))
+    for expected in ("one_d_piece (tokenizer)", model.model_id, "config.num_tokens", "64x64"):
+        assert expected in said
+    assert "has no config.json" in failed(capsys, "info", tmp_path)
+
+
 def test_info_of_a_builder_shows_its_arguments(capsys: Any) -> None:
     said = ran(capsys, "info", "vq")
     assert re.search(r"codebook_size +int +required", said)

@@ -88,17 +88,20 @@ def _list_protocols(pattern: str, *, published: bool, markdown: bool) -> None:
 
 
 def info(
-    name: Annotated[str, typer.Argument(help="Builder or preset, see vistok list.")],
+    name: Annotated[str, typer.Argument(help="Builder or preset, see vistok list, or the folder of a saved model.")],
     kind: Annotated[str, typer.Option(help="Needed if several kinds use the name.")] = "",
 ) -> None:
     """Show one entry: what it is, its configuration, licences, published figures with their source."""
     from vistok.cli.show import Rows
 
+    if Path(name).is_dir():
+        Rows(("", ""), _saved_lines(name)).print()
+        return
     found = info_of(name, kind or None)
     lines = [("name", f"{found.name} ({found.kind})"), ("what", found.summary), ("builder", found.builder)]
     lines += _weights_lines(found.weights) if found.weights else []
     if found.kind == "tokenizer":
-        lines += [(k, v) for k, v in _sizes(found).items() if v]
+        lines += list(_sizes(found).items())
     lines += [(f"config.{k}", _yaml(v)) for k, v in found.config.items()]
     Rows(("", ""), lines).print()
     if not _is_preset(found):
@@ -122,6 +125,18 @@ def _row(entry: Info) -> list[str]:
         what = f"{entry.builder} with settings of its own"
     published = _figures(entry.weights) if entry.weights else ""
     return [entry.name, what, *numbers, published, entry.weights.hub if entry.weights else ""]
+
+
+def _saved_lines(folder: str) -> list[tuple[str, str]]:
+    """What a folder holds. Its weights are read, so that what does not fit is said."""
+    from vistok.hub import build_saved, read_folder
+
+    config, tensors = read_folder(folder)
+    model = build_saved(config, tensors, folder)
+    lines = [("folder", folder), ("builder", f"{config['name']} ({config['kind']})")]
+    if config["kind"] == "tokenizer":
+        lines += [("model id", model.model_id), *_facts(model).items()]
+    return lines + [(f"config.{k}", _yaml(v)) for k, v in config["config"].items()]
 
 
 def _is_preset(entry: Info) -> bool:
@@ -159,9 +174,15 @@ def _sizes(entry: Info) -> dict[str, str]:
     """Token count, rate, picture size and parameters of a tokenizer preset, built without memory."""
     if not _is_preset(entry):
         return {}
-    from vistok.hub import count_parameters, on_meta
+    from vistok.hub import on_meta
 
-    model: Any = on_meta(entry.kind, entry.name)
+    return _facts(on_meta(entry.kind, entry.name))
+
+
+def _facts(model: Any) -> dict[str, str]:
+    """Token count, rate, picture size and parameters of a tokenizer."""
+    from vistok.hub import count_parameters
+
     bits = model.num_tokens * model.quantizer.bits
     height, width = model.preprocess.size
     return {

@@ -413,4 +413,5 @@ class Tokenizer(Sized):
                 continue
             if value is not None and name not in self.options:
                 has = ", ".join(sorted(self.options)) or "no options"
-                raise ValueError(f"{self.registry_name} has no option {name!r}; it has {has}.")
+                hint = " Leave the caption out." if name == "text" else ""
+                raise ValueError(f"{self.registry_name} has no option {name!r}; it has {has}.{hint}")
