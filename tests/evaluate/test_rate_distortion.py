@@ -45,6 +45,7 @@ def test_a_report_is_written_and_budgets_are_kept(tokenizer, tmp_path):
     assert json.loads((tmp_path / "rate_distortion.json").read_text())["pictures"] == 2
     assert all(path.is_file() for path in result.files.values())
     page = (tmp_path / "rate_distortion.html").read_text()
+    assert '<td class="number">60</td><td class="number">0</td><td class="number">-</td>' in page  # JPEG
     assert "Pictures at equal bytes" in page and f"{ours['mean_bytes']:.0f} bytes" in page
     shown = 2 * (1 + 2) + sum(r["fit"] for r in result.rows if r["coder"] != "spectral_planes")
     assert page.count("data:image/webp;base64,") == shown  # every picture once, the originals too

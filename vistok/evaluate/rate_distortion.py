@@ -265,9 +265,6 @@ def _write(
     drawn = [c for c in curves if any(len(points) > 0 for points in c.series.values())]
     report.save_curves(files["curves"], drawn)
     columns = ("coder", "bytes", "files that fit", "mean bytes", *(m.title for m in metrics.values()))
-    rows = [
-        ["-" if v is None else f"{v:.4f}" if isinstance(v, float) else v for v in row.values()] for row in result.rows
-    ]
     notes = [
         "A row with '-' has no file of that size for some of the pictures: no comparison is made, and none is won."
     ]
@@ -283,7 +280,9 @@ def _write(
         subtitle="whole files, headers counted for all",
         sheets=[_sheet(coded, originals)],
         curves=drawn,
-        tables=[report.Table(title="At equal bytes", columns=columns, rows=rows)],
+        tables=[
+            report.Table(title="At equal bytes", columns=columns, rows=[list(row.values()) for row in result.rows])
+        ],
         protocol=facts,
         notes=notes,
     )

@@ -72,7 +72,7 @@ class Table:
     Attributes:
         title: Heading.
         columns: Column names.
-        rows: Cells; numbers are set flush right, floats with four significant digits or more.
+        rows: Cells; numbers are set flush right, floats with four significant digits or more, None beside them as -.
         note: A line below.
     """
 
@@ -260,9 +260,10 @@ def _curves(curves: Sequence[Curve]) -> str:
 
 
 def _table(table: Table) -> str:
-    numeric = [all(_is_number(row[i]) for row in table.rows) for i in range(len(table.columns))]
+    columns = [[row[i] for row in table.rows if row[i] is not None] for i in range(len(table.columns))]
+    numeric = [bool(column) and all(map(_is_number, column)) for column in columns]
     head = "".join(f"<th{' class=number' * n}>{escape(str(c))}</th>" for c, n in zip(table.columns, numeric))
-    rows = "".join(f"<tr>{''.join(_cell(c) for c in row)}</tr>" for row in table.rows)
+    rows = "".join(f"<tr>{''.join(map(_cell, row, numeric))}</tr>" for row in table.rows)
     note = f'<p class="lead below">{escape(table.note)}</p>' if table.note else ""
     body = f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
     return _section(table.title, body + note)
@@ -308,9 +309,9 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _cell(value: Any) -> str:
-    if _is_number(value):
-        return f'<td class="number">{_number(value)}</td>'
+def _cell(value: Any, numeric: bool) -> str:
+    if numeric or _is_number(value):
+        return f'<td class="number">{"-" if value is None else _number(value)}</td>'
     return f"<td>{escape('' if value is None else str(value))}</td>"
 
 
