@@ -72,6 +72,16 @@ def test_the_saving_is_that_of_pictures_it_was_not_fitted_to(smooth: list[Path])
     assert fit(tokenizer, smooth[:1]).measured == 0
 
 
+def test_crops_of_a_picture_are_kept_together_and_the_same_every_time(smooth: list[Path], tmp_path: Path) -> None:
+    tokenizer = vistok.create("tokenizer", "spectral_planes_tiny", num_tokens=12).eval()
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    found = fit(tokenizer, [*smooth[:7], tmp_path / "broken.png"], crops=3)
+    assert (found.pictures, found.measured) == (7, 1) and 0 < found.saving < 1
+    assert list(found.skipped) == [tmp_path / "broken.png"]
+    again, whole = fit(tokenizer, smooth[:7], crops=3).prior, fit(tokenizer, smooth[:7]).prior
+    assert again.check == found.prior.check != whole.check
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [("mingtok_tiny", "has continuous latents, and a prior is a table of at most 16384 ids"), ("nowhere", "no preset")],

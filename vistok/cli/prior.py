@@ -15,6 +15,10 @@ def prior(
     model: Model,
     data: Annotated[str, typer.Option(help="Pictures to fit to: files, folders, patterns, separated by commas.")],
     out: Annotated[Path, typer.Option(help="Folder for the weights with their prior; MODEL itself if it is a folder.")],
+    crops: Annotated[int, typer.Option(min=0, help="Random crops of each picture; 0 for the picture as it is.")] = 0,
+    smallest: Annotated[
+        float, typer.Option(min=0.01, max=1, help="Smallest share of a picture's area that a crop takes.")
+    ] = 0.15,
     batch: Batch = 16,
     device: Device = "",
     overwrite: Overwrite = False,
@@ -34,15 +38,14 @@ def prior(
     found = list(files.collect(files.listed(data), find_pictures))
     tokenizer = load(model, device)
     with progress("encode", len(found)) as advance:
-        fitted = fit(tokenizer, found, batch=batch, progress=advance)
+        fitted = fit(tokenizer, found, batch=batch, crops=crops, smallest=smallest, progress=advance)
     tokenizer.prior = fitted.prior
     if inside:
         fitted.prior.save(out)
     else:
         tokenizer.save_pretrained(out)
-    typer.echo(
-        f"Fitted to {files.pictures(fitted.pictures)}; wrote {out / FILE}" + ("" if inside else " and weights") + "."
-    )
+    each, weights = f", {crops} crops each" if crops else "", "" if inside else " and weights"
+    typer.echo(f"Fitted to {files.pictures(fitted.pictures)}{each}; wrote {out / FILE}{weights}.")
     if fitted.measured:
         typer.echo(
             f"Whole files of {files.pictures(fitted.measured)} it was not fitted to (every fifth, under a prior of the "

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from vistok.codec import prior as codec
-from vistok.image import read_batches
+from vistok.data.augment import Augment
+from vistok.data.base import keyed
+from vistok.image import PictureError, read_batches, to_pil
 from vistok.tokenizers.base import Tokenizer
 from vistok.tokens import NAMELESS, Tokens, to_bytes
 
@@ -25,8 +28,8 @@ class Fitted:
     Attributes:
         prior: Fitted to all pictures.
         pictures: How many.
-        measured: Pictures that the sizes below are means over: every fifth, under a prior fitted to the others. 0 if
-            there are fewer than two pictures.
+        measured: Pictures that the sizes below are means over (with all of their crops): every fifth, under a prior
+            fitted to the others. 0 if there are fewer than two pictures.
         packed_bytes: Of a whole `.vtok` file, packed.
         coded_bytes: The same, entropy-coded where that is smaller.
         skipped: Picture -> why it could not be used.
@@ -51,6 +54,8 @@ def fit(
     pictures: Sequence[Path],
     *,
     batch: int = 16,
+    crops: int = 0,
+    smallest: float = 0.15,
     progress: Callable[[int], None] | None = None,
 ) -> Fitted:
     """Encode pictures, fit the kind of prior that the tokenizer has a use for, and measure it.
@@ -59,6 +64,8 @@ def fit(
         tokenizer: A tokenizer with ids.
         pictures: Picture files; `tokenizer.preprocess` is applied. Files that cannot be read are skipped and named.
         batch: Pictures at once.
+        crops: Random crops of each picture, the same at every call, instead of the picture as it is preprocessed.
+        smallest: Smallest share of a picture's area that a crop takes.
         progress: Called with the number of pictures done.
 
     Raises:
@@ -68,29 +75,52 @@ def fit(
     codec.require(tokenizer)
     broken: dict[Path, str] = {}
     found: list[Tensor] = []
-    for _, images in read_batches(pictures, tokenizer.preprocess, batch, broken=broken):
+    owners: list[Path] = []
+    if crops:
+        augment = Augment(size=tokenizer.preprocess.size, crop="resized", scale=(smallest, 1.0))
+        read = _cropped(pictures, augment, crops, broken)
+    else:
+        read = read_batches(pictures, tokenizer.preprocess, batch, broken=broken)
+    for files, images in read:
         ids = tokenizer.encode(images).ids
         assert ids is not None
         found.append(ids.cpu())
+        owners += files
         if progress is not None:
-            progress(sum(map(len, found)) + len(broken))
+            progress(len(set(owners)) + len(broken))
     if not found:
         raise ValueError(f"There is no picture to fit to ({'; '.join(broken.values()) or 'the list is empty'}).")
     if len({part.shape[1] for part in found}) > 1:
         raise ValueError("Pictures of different sizes have different numbers of tokens: a prior is of one size.")
     every = torch.cat(found)  # (B, K[, G])
-    held = torch.arange(len(every)) % HELD_OUT == min(HELD_OUT, len(every)) - 1
+    used = list(dict.fromkeys(owners))
+    left_out = set(used[min(HELD_OUT, len(used)) - 1 :: HELD_OUT])
+    held = torch.tensor([owner in left_out for owner in owners])
     packed, coded = 0.0, 0.0
-    if len(every) > 1:
+    if len(used) > 1:
         other = codec.fit(tokenizer, every[~held])
         files = [Tokens(ids=ids[None], vocab=tokenizer.quantizer.vocab_sizes) for ids in every[held]]
         packed = len(to_bytes(files[0], NAMELESS))
         coded = sum(len(to_bytes(one, NAMELESS, other)) for one in files) / len(files)
     return Fitted(
         prior=codec.fit(tokenizer, every),
-        pictures=len(every),
-        measured=int(held.sum()) if len(every) > 1 else 0,
+        pictures=len(used),
+        measured=len(left_out) if len(used) > 1 else 0,
         packed_bytes=packed,
         coded_bytes=coded,
         skipped=broken,
     )
+
+
+def _cropped(
+    pictures: Sequence[Path], augment: Augment, count: int, broken: dict[Path, str]
+) -> Iterator[tuple[list[Path], Tensor]]:
+    """As `read_batches`: `count` crops of one picture after the other."""
+    for i, path in enumerate(pictures):
+        try:
+            picture = to_pil(path)
+        except (PictureError, FileNotFoundError) as err:
+            broken[path] = str(err)
+            continue
+        cuts = np.stack([augment(picture, keyed(0, "prior", i, j)) for j in range(count)])  # (N, H, W, 3)
+        yield [path] * count, torch.from_numpy(cuts).permute(0, 3, 1, 2).float() / 255
