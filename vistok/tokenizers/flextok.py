@@ -20,6 +20,7 @@ from vistok.tokenizers.base import Tokenizer, TokenizerOutput
 from vistok.tokenizers.flextok_blocks import Size
 from vistok.tokenizers.flextok_net import Condition, Ladder, RegisterEncoder, VelocityDecoder
 from vistok.tokenizers.kl_vae import KLFrontend, PixelFrontend, Vae, resolve
+from vistok.tokenizers.shape import check_1d
 from vistok.tokens import Tokens
 
 SizeName = Literal["d12", "d18", "d28"]
@@ -109,8 +110,7 @@ class FlexTok(Tokenizer):
         self.num_tokens, self.nested_dropout = num_tokens, nested_dropout
         self.preprocess = Preprocess(size=size, resample="bilinear")
         self.quantizer: Quantizer = create("quantizer", **quantizer)
-        if self.quantizer.num_ids(num_tokens) != num_tokens:
-            raise ValueError(f"{type(self.quantizer).__name__} needs a grid of features and 1D tokens have none.")
+        check_1d(self.quantizer, num_tokens)
         self.sampling = sampling or Sampling()
         self.flow = RectifiedFlow(prediction=prediction)
         shared = (self.frontend.channels, patch_size, table, num_tokens)

@@ -20,6 +20,7 @@ from vistok.quantizers.base import Quantized, Quantizer
 from vistok.registry import preset, register
 from vistok.tokenizers.base import Tokenizer, TokenizerOutput
 from vistok.tokenizers.gigatok_net import Layer, MapToMap, MapToTokens, TokensToMap
+from vistok.tokenizers.shape import check_1d
 
 SIZES = {
     "tiny": Size(256, 4, 4),
@@ -208,9 +209,7 @@ class GigaTok(GigaTokBase):
         super().__init__()
         convs = (channels, tuple(multipliers), inner, groups)
         grid, encode, decode = self._build(image_size, num_tokens, (encoder, decoder), quantizer, convs)
-        if self.quantizer.num_ids(num_tokens) != num_tokens:
-            name = type(self.quantizer).__name__
-            raise ValueError(f"{name} needs a grid of features and 1D tokens have none. Choose another quantizer.")
+        check_1d(self.quantizer, num_tokens)
         self.to_tokens = MapToTokens(grid, encode, inner, num_tokens)
         self.to_map = TokensToMap(grid, decode, inner, num_tokens)
         self._add_semantic(decode, semantic_layer, semantic_dim)

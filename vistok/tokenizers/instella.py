@@ -14,6 +14,7 @@ from vistok.quantizers.base import Quantizer
 from vistok.registry import preset, register
 from vistok.tokenizers.base import Tokenizer, TokenizerOutput
 from vistok.tokenizers.instella_net import InstellaDecoder, InstellaEncoder, Size
+from vistok.tokenizers.shape import check_1d
 
 
 @register("tokenizer", "instella")
@@ -73,11 +74,7 @@ class Instella(Tokenizer):
         self.patch_size, self.num_tokens, self.scale, self.repa_dim = patch_size, num_tokens, scale, repa_dim
         self.multiple = 2 * patch_size
         self.quantizer: Quantizer = create("quantizer", **quantizer)
-        if self.quantizer.num_ids(num_tokens) != num_tokens:
-            raise ValueError(
-                f"{type(self.quantizer).__name__} needs a grid of features and 1D tokens have none. "
-                "Choose another quantizer."
-            )
+        check_1d(self.quantizer, num_tokens)
         shapes = [s if isinstance(s, Size) else Size(**s) for s in (encoder, decoder)]
         self.encoder = InstellaEncoder(shapes[0], patch_size, num_tokens, self.quantizer.in_dim, axes)
         self.decoder = InstellaDecoder(shapes[1], patch_size, self.quantizer.dim, axes, repa_dim)

@@ -20,6 +20,7 @@ from vistok.tokenizers.mingtok_net import (
     Stack,
     resize_positions,
 )
+from vistok.tokenizers.shape import patch_grid
 from vistok.tokens import Tokens
 
 
@@ -84,16 +85,13 @@ class MingTok(Tokenizer):
         targets: Targets | None = None,
     ) -> None:
         super().__init__()
-        size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-        if patch_size < 1 or size[0] % patch_size or size[1] % patch_size:
-            raise ValueError(f"image_size {size[0]}x{size[1]} is not a multiple of the patch size {patch_size}.")
+        size, grid = patch_grid(image_size, patch_size)
         if pixel_patch < 1 or patch_size % pixel_patch:
             raise ValueError(f"pixel_patch {pixel_patch} does not divide the patch size {patch_size}.")
         if encoder.width % latent_dim or semantic.width % latent_dim:
             raise ValueError(f"latent_dim {latent_dim} does not divide the widths {encoder.width}, {semantic.width}.")
         self.patch_size = patch_size
         self.preprocess = Preprocess(size=size)
-        grid = (size[0] // patch_size, size[1] // patch_size)
         self.num_tokens = grid[0] * grid[1]
         self.quantizer = LatentRange(latent_dim, mean, scale)
         self.encoder = LowLevelEncoder(grid, patch_size, encoder, latent_dim, masked=targets is not None)

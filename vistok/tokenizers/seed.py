@@ -21,6 +21,7 @@ from vistok.quantizers.base import Quantizer
 from vistok.registry import preset, register
 from vistok.tokenizers.base import Tokenizer, TokenizerOutput
 from vistok.tokenizers.seed_text import TextBranch, TextBranchSize
+from vistok.tokenizers.shape import check_1d, patch_grid
 from vistok.tokens import Tokens
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -174,18 +175,14 @@ class SEED(Tokenizer):
     ) -> None:
         super().__init__()
         tower, size = vision or VisionSize(), qformer or Size(768, 12, 12)
-        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-        if height % tower.patch_size or width % tower.patch_size:
-            raise ValueError(f"image_size {height}x{width} is not a multiple of the patch size {tower.patch_size}.")
-        self.preprocess = Preprocess(size=(height, width), crop="squash", resample="bilinear")
+        sides, self.patches = patch_grid(image_size, tower.patch_size)
+        self.preprocess = Preprocess(size=sides, crop="squash", resample="bilinear")
         self.num_tokens, self.pipeline_source, self._pipeline = num_tokens, pipeline, None
-        self.patches = (height // tower.patch_size, width // tower.patch_size)
         self.quantizer: Quantizer = create("quantizer", **quantizer)
-        if self.quantizer.num_ids(num_tokens) != num_tokens:
-            raise ValueError(f"{type(self.quantizer).__name__} needs a grid of features and 1D tokens have none.")
+        check_1d(self.quantizer, num_tokens)
         self.register_buffer("mean", torch.tensor(CLIP_MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(CLIP_STD).view(1, 3, 1, 1), persistent=False)
-        self.vision = eva_tower(tower, (height, width))
+        self.vision = eva_tower(tower, sides)
         self.norm_vision = Float32Norm(tower.width)
         self.queries = nn.Parameter(torch.randn(num_tokens, size.width) * 0.02)
         dropout = 0.0 if text_branch is None else text_branch.dropout

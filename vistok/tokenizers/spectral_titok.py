@@ -20,6 +20,7 @@ from vistok.quantizers.base import Quantizer
 from vistok.quantizers.vq import TableQuantizer
 from vistok.registry import preset, register
 from vistok.tokenizers.base import Tokenizer
+from vistok.tokenizers.shape import check_1d, patch_grid
 from vistok.tokenizers.titok import SIZES, SizeName, TiTokEncoder
 
 # Orthonormal opponent colours: brightness, red against blue, green against both.
@@ -320,16 +321,16 @@ class SpectralTiTok(Tokenizer):
         quantizer: Annotated[Spec, Of("quantizer")],
     ) -> None:
         super().__init__()
-        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-        _check(height, width, patch_size, num_tokens)
-        grid = (height // patch_size, width // patch_size)
+        if patch_size < FOLD or patch_size % FOLD:
+            raise ValueError(f"patch_size is a multiple of {FOLD}, got {patch_size}.")
+        (height, width), grid = patch_grid(image_size, patch_size)
+        if not 1 <= num_tokens <= 3 * height * width:
+            raise ValueError(f"num_tokens is 1..{3 * height * width} (one frequency each at least), got {num_tokens}.")
         encode, decode = (SIZES[s] if isinstance(s, str) else s for s in (encoder, decoder))
         self.num_tokens, self.nested = num_tokens, nested
         self.preprocess = Preprocess(size=(height, width))
         self.quantizer: Quantizer = create("quantizer", **quantizer)
-        if self.quantizer.num_ids(num_tokens) != num_tokens:
-            name = type(self.quantizer).__name__
-            raise ValueError(f"{name} needs a grid of features; 1D tokens have none. Choose another quantizer.")
+        check_1d(self.quantizer, num_tokens)
         dim, in_dim = self.quantizer.dim, self.quantizer.in_dim
         layout = lay_out((height, width), num_tokens, self.quantizer, scaling, nested=nested)
         self.analysis = FrequencyAnalysis(layout, in_dim)
@@ -351,15 +352,6 @@ class SpectralTiTok(Tokenizer):
         picture = self.synthesis(codes, valid)  # float32, whatever the weights are
         dtype = self.decoder.head.weight.dtype
         return picture + self.decoder(picture.to(dtype), codes.to(dtype), valid)
-
-
-def _check(height: int, width: int, patch_size: int, num_tokens: int) -> None:
-    if patch_size < FOLD or patch_size % FOLD:
-        raise ValueError(f"patch_size is a multiple of {FOLD}, got {patch_size}.")
-    if min(height, width) < patch_size or height % patch_size or width % patch_size:
-        raise ValueError(f"image_size {height}x{width} is not a multiple of the patch size {patch_size}.")
-    if not 1 <= num_tokens <= 3 * height * width:
-        raise ValueError(f"num_tokens is 1..{3 * height * width} (one frequency each at least), got {num_tokens}.")
 
 
 _TINY = {"width": 64, "depth": 2, "heads": 2}

@@ -24,6 +24,7 @@ from vistok.layers.transformer import Size, Transformer, initialise
 from vistok.quantizers.base import Quantizer
 from vistok.registry import preset, register
 from vistok.tokenizers.base import Tokenizer
+from vistok.tokenizers.shape import check_1d, patch_grid
 from vistok.tokenizers.text import ReadsText
 from vistok.tokenizers.text_encoders import TextEncoder
 from vistok.tokenizers.titok import SIZES, SizeName
@@ -182,20 +183,13 @@ class TexTok(ReadsText, Tokenizer):
         start: Start = "published",
     ) -> None:
         super().__init__()
-        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-        if patch_size < 1 or height % patch_size or width % patch_size:
-            raise ValueError(f"image_size {height}x{width} is not a multiple of the patch size {patch_size}.")
-        if num_tokens < 1:
-            raise ValueError(f"num_tokens is at least 1, got {num_tokens}.")
+        sides, grid = patch_grid(image_size, patch_size)
         self.num_tokens = num_tokens
-        self.preprocess = Preprocess(size=(height, width))
+        self.preprocess = Preprocess(size=sides)
         self.quantizer: Quantizer = create("quantizer", **quantizer)
-        if self.quantizer.num_ids(num_tokens) != num_tokens:
-            name = type(self.quantizer).__name__
-            raise ValueError(f"{name} needs a grid of features and 1D tokens have none. Choose another quantizer.")
+        check_1d(self.quantizer, num_tokens)
         spec = self.read_text_with(text_encoder)
         encode, decode = (SIZES[s] if isinstance(s, str) else s for s in (encoder, decoder))
-        grid = (height // patch_size, width // patch_size)
         reads = {side: spec if text in (side, "both") else None for side in ("encoder", "decoder")}
         dims = self.quantizer.in_dim, self.quantizer.dim
         self.encoder = TexTokEncoder(grid, patch_size, num_tokens, encode, dims[0], reads["encoder"])

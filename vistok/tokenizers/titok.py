@@ -27,6 +27,7 @@ from vistok.quantizers.base import Quantizer
 from vistok.registry import preset, register
 from vistok.tokenizers.base import Tokenizer, TokenizerOutput
 from vistok.tokenizers.maskgit_vqgan import MaskGITDecoder, MaskGITVQGAN
+from vistok.tokenizers.shape import check_1d, patch_grid
 
 SIZES = {"small": Size(512, 8, 8), "base": Size(768, 12, 12), "large": Size(1024, 24, 16)}
 SizeName = Literal["small", "base", "large"]
@@ -191,21 +192,12 @@ class TiTokBase(Tokenizer):
         sizes: Sequence[Any],
         legacy: bool,
     ) -> Size:
-        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-        if patch_size < 1 or height % patch_size or width % patch_size:
-            raise ValueError(f"image_size {height}x{width} is not a multiple of the patch size {patch_size}.")
-        if num_tokens < 1:
-            raise ValueError(f"num_tokens is at least 1, got {num_tokens}.")
+        sides, grid = patch_grid(image_size, patch_size)
         encoder, decoder = (SIZES[s] if isinstance(s, str) else s if isinstance(s, Size) else Size(**s) for s in sizes)
         self.num_tokens = num_tokens
-        self.preprocess = Preprocess(size=(height, width))
-        grid = (height // patch_size, width // patch_size)
+        self.preprocess = Preprocess(size=sides)
         self.quantizer: Quantizer = create("quantizer", **quantizer)
-        if self.quantizer.num_ids(num_tokens) != num_tokens:
-            raise ValueError(
-                f"{type(self.quantizer).__name__} needs a grid of features and 1D tokens have none. "
-                "Choose another quantizer."
-            )
+        check_1d(self.quantizer, num_tokens)
         self.encoder = TiTokEncoder(grid, patch_size, num_tokens, encoder, self.quantizer.in_dim, legacy_layout=legacy)
         self.decoder = TiTokDecoder(grid, num_tokens, decoder, self.quantizer.dim)
         return decoder
