@@ -55,6 +55,38 @@ def test_an_untrained_table_is_small_beside_the_bias():
     assert torch.equal(q.codes_to_ids(q.ids_to_codes(ids)), ids)
 
 
+@pytest.mark.parametrize("spread", [1 / 64, 1.0])
+@pytest.mark.parametrize("scale", [1.0, 0.1, 0.01, 0.0])
+def test_ids_of_faint_features_come_back(scale, spread):
+    """Beside the bias of phi such features, at 0 a flat picture, choose a few rows again and again."""
+    q = build("multiscale", seed=1).eval()
+    with torch.no_grad():
+        q.embedding.weight.uniform_(-spread, spread)
+    ids = q(features(q, 8, scale=scale)).ids
+    assert torch.equal(q.codes_to_ids(q.ids_to_codes(ids)), ids)
+
+
+@pytest.mark.parametrize("codebook_size, dim", [(64, 8), (16, 4)])
+def test_scales_that_use_one_row_each_come_back(codebook_size, dim):
+    q = build("multiscale", codebook_size=codebook_size, dim=dim).eval()
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randint(codebook_size, (8, 1), generator=generator).expand(-1, p * p) for p in q.scales]
+    ids = torch.cat(rows, dim=1)
+    assert torch.equal(q.codes_to_ids(q.ids_to_codes(ids)), ids)
+
+
+def test_of_two_lists_with_one_sum_one_comes_back():
+    """Scales with the same phi, one row in all of each, can be exchanged."""
+    q = build("multiscale", shared_blends=1, seed=1).eval()
+    first, second = random_ids(q, 1, seed=1), random_ids(q, 1, seed=1)
+    first[:, :1], first[:, 1:5] = 3, 5
+    second[:, :1], second[:, 1:5] = 5, 3
+    codes = q.ids_to_codes(first)
+    torch.testing.assert_close(q.ids_to_codes(second), codes)
+    found = q.codes_to_ids(codes)
+    assert torch.equal(found, first) or torch.equal(found, second)
+
+
 def test_codes_that_no_ids_decode_to_are_refused():
     q = build("multiscale").eval()
     codes = q.ids_to_codes(random_ids(q, 3))

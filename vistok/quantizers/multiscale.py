@@ -188,8 +188,12 @@ class MultiScaleQuantizer(TableQuantizer):
         The ids are hidden in a sum: the finest scale alone spans the grid, and encoding the sum again gives hardly any
         of them back. `Superposition` finds them by message passing and least squares, and returns only ids that add up
         to the codes. Memory grows with (side^2 D)^2; at the published size (8192^2) a picture takes minutes on a CPU.
-        It does not always find them, e.g. not for ids that an untrained table, tiny beside the bias of phi, gave to
-        features. Keep the ids of `forward` where you can.
+
+        Two lists of ids can have one sum, e.g. row a in all of a scale and row b in all of another with the same phi,
+        or b and a; one of them comes back, if any. Measured, 64 codes x 8 channels and 16 x 4, scales (1, 2, 4): all
+        found, 20 of 20 of each kind, random ids and ids of features, standard-normal, faint or constant, on normal
+        and untrained tables. With scales 1 .. 6 and an untrained table, 128 x 16: 12 of 12 for random ids and
+        standard-normal features, 6 of 12 for constant ones. Keep the ids of `forward` where you can.
 
         Raises:
             ValueError: Wrong shape, or codes whose ids were not found.

@@ -14,7 +14,8 @@ Spread = Callable[[Tensor], Tensor]
 
 _NOISE = 1e-3  # of the sum's variance: keeps the covariance invertible in float32 when all tokens are sure
 _SURE = 0.99  # probability above which a token's row is taken as known in least squares
-_DAMPINGS = (0.0, 0.3, 0.5)  # share of the old mean and covariance, one attempt each
+_ATTEMPTS = ((0.0, 0.0), (0.0, 0.3), (0.5, 0.0), (0.9, 0.3), (0.98, 0.5), (0.0, 0.5))
+"""Share of the first covariance that the tokens of a set have in common, share of the old mean and covariance kept."""
 _ROUNDS = 6
 _MISFIT = 10.0  # an attempt that is so sure of wrong rows does not come back
 
@@ -56,7 +57,10 @@ class Superposition:
     3. When few tokens are open, those are free vectors in a least-squares problem. It has no noise, so that it gives
        rows of the table, if the closed tokens are right; where a rest stays, tokens that explain most of it are opened.
 
-    Should that fail, it is done again with damped means and covariances. Memory: two matrices (S S D)^2 of float32.
+    Should that fail, it is done again with damped means and covariances, and from a first covariance under which the
+    tokens of a set resemble each other: w_i = sqrt(s) u + sqrt(1 - s) v_i. Where a set uses one row or a few again and
+    again, as on a flat picture, the free vectors of 1. put the common part on the wrong set. Memory: two matrices
+    (S S D)^2 of float32.
 
     Args:
         table: (C, D) float32.
@@ -87,6 +91,7 @@ class Superposition:
                 windows.setdefault(window, []).append((len(numbers), part))
                 numbers.append(number)
         self.sets = torch.tensor(numbers, device=table.device)  # (T,)
+        self.num_sets = numbers[-1] + 1
         self.blocks = [
             _Block(
                 torch.tensor([token for token, _ in found], device=table.device),
@@ -104,23 +109,29 @@ class Superposition:
         """Ids whose rows add up to the total: (S, S, D) float32 -> int64 (T,), None if none were found."""
         total = total - self.offset
         room = total.shape[0] * total.shape[1]  # tokens that as many equations as there are determine
-        for damping in _DAMPINGS:
-            mean = total.new_zeros(len(self.sets), self.dim)
-            covariance = torch.eye(self.dim, device=total.device).repeat(len(self.sets), 1, 1)
-            prior = total.new_zeros(int(self.sets.max()) + 1, 1)
+        for share, damping in _ATTEMPTS:
+            mean, covariance = total.new_zeros(len(self.sets), self.dim), self._identity()
+            prior = total.new_zeros(self.num_sets, 1)
             for n in range(_ROUNDS):
-                evidence = self._evidence(mean, covariance, total, first=n == 0)
+                if n == 0:
+                    evidence = self._evidence(mean, covariance, total, self._start(share), share)
+                else:
+                    evidence = self._evidence(mean, covariance, total, self._factor(covariance))
                 chance, prior = self._posterior(evidence, prior)
                 sure, ids = chance.max(-1)
                 if int((sure < _SURE).sum()) <= (room if n == _ROUNDS - 1 else room // 2):
                     found = self._complete(ids, sure < _SURE, total)
                     if found is not None:
                         return found
-                if evidence.misfit > _MISFIT:
+                if n > 0 and evidence.misfit > _MISFIT:
                     break
                 mean = torch.lerp(chance @ self.rows, mean, damping)
                 covariance = torch.lerp(self._covariance(chance), covariance, damping)
         return None
+
+    def _identity(self) -> Tensor:
+        """The covariance of a whitened row, for each token, (T, D, D)."""
+        return torch.eye(self.dim, device=self.rows.device).repeat(len(self.sets), 1, 1)
 
     def _sum(self, x: Tensor) -> Tensor:
         """Whitened vectors of all tokens (T, D) -> what they add up to, (S, S, D)."""
@@ -137,14 +148,44 @@ class Superposition:
             out[block.tokens] = block.maps.to(rest.dtype) @ rest[block.window].flatten()
         return out
 
-    def _factor(self, covariance: Tensor) -> tuple[Tensor, Tensor]:
-        """Cholesky factor of the sum's covariance, given the tokens', and A_i^T (its inverse) A_i, (T, D, D)."""
+    def _pool(self, x: Tensor, share: float) -> Tensor:
+        """(1 - s) of each token's own plus s of all of its set's, (T, ...)."""
+        pooled = x.new_zeros(self.num_sets, *x.shape[1:]).index_add_(0, self.sets, x)
+        return (1 - share) * x + share * pooled[self.sets]
+
+    def _start(self, share: float) -> tuple[Tensor, Tensor]:
+        """`_factor` at the first covariance, where A_i is `_pool`ed over the set; without a share it is kept."""
+        if share == 0:
+            if self._first is None:
+                self._first = self._factor(self._identity())
+            return self._first
+        common = self.offset.new_zeros(self.num_sets, self.dim, *self.shape)
+        for block in self.blocks:
+            part = common[:, :, block.window[0], block.window[1]]
+            part.index_add_(0, self.sets[block.tokens], block.maps.view(-1, *part.shape[1:]))
+        common = common.flatten(2)  # (sets, D, S S D)
+        lower, own = self._factor((1 - share) * self._identity(), share**0.5 * common.flatten(0, 1))
+        weighted = torch.cholesky_solve(common.flatten(0, 1).T, lower).view(*self.shape, *common.shape[:2])
+        cross = torch.empty_like(own)
+        for block in self.blocks:
+            part = weighted[block.window].flatten(0, 2).transpose(0, 1)  # (sets, w D, D)
+            cross[block.tokens] = block.maps @ part[self.sets[block.tokens]]
+        own = (1 - share) ** 2 * own + share * (1 - share) * cross
+        return lower, own + share * self._pool(cross.mT, share)
+
+    def _factor(self, covariance: Tensor, common: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Cholesky factor of the sum's covariance, given the tokens', and A_i^T (its inverse) A_i, (T, D, D).
+
+        To the covariance of the tokens comes that of the common parts, which reach the sum by (sets D, S S D).
+        """
         size = self.offset.numel()
         matrix = covariance.new_zeros(size, size)
         for block in self.blocks:
             part = block.cut(matrix.view(*self.shape, *self.shape))
             left = (covariance[block.tokens] @ block.maps).flatten(0, 1)
             part += (block.maps.flatten(0, 1).T @ left).view_as(part)
+        if common is not None:
+            matrix.addmm_(common.T, common)
         matrix.diagonal().add_(self.noise)
         lower = torch.linalg.cholesky(matrix)
         del matrix, part
@@ -156,20 +197,21 @@ class Superposition:
             gain[block.tokens] = weighted.view_as(block.maps) @ block.maps.mT
         return lower, gain
 
-    def _evidence(self, mean: Tensor, covariance: Tensor, total: Tensor, first: bool) -> _Evidence:
-        """Linear MMSE, a token's own mean and covariance taken out of the answer; the first is equal for all sums."""
-        if first and self._first is None:
-            self._first = self._factor(covariance)
-        lower, gain = self._first if first and self._first else self._factor(covariance)
+    def _evidence(
+        self, mean: Tensor, covariance: Tensor, total: Tensor, factor: tuple[Tensor, Tensor], share: float = 0.0
+    ) -> _Evidence:
+        """Linear MMSE, a token's own mean and covariance taken out of the answer."""
+        lower, gain = factor
         rest = total - self._sum(mean)
         weighted = torch.cholesky_solve(rest.reshape(-1, 1), lower).view_as(rest)
         misfit = float((weighted * rest).mean())
+        pull = self._pool(self._match(weighted), share)
         inverse = torch.linalg.inv(gain.double())
         inverse = (inverse + inverse.mT) / 2
         size, axes = torch.linalg.eigh(inverse - covariance)
         size = torch.maximum(size, 1e-3 * torch.linalg.eigvalsh(inverse)[:, :1])
         precision = (axes / size.unsqueeze(-2)) @ axes.mT / max(misfit, 1.0)
-        guess = mean + (inverse @ self._match(weighted).double().unsqueeze(-1)).squeeze(-1)
+        guess = mean + (inverse @ pull.double().unsqueeze(-1)).squeeze(-1)
         return _Evidence((precision @ guess.unsqueeze(-1)).squeeze(-1).float(), precision.float(), misfit)
 
     def _posterior(self, evidence: _Evidence, prior: Tensor) -> tuple[Tensor, Tensor]:
@@ -197,7 +239,7 @@ class Superposition:
     def _complete(self, ids: Tensor, free: Tensor, total: Tensor) -> Tensor | None:
         """Least squares over the free tokens (T,) bool, opening more until nothing is left of the total."""
         room = max(int(free.sum()), total.shape[0] * total.shape[1] * 5 // 8)
-        exact = 1e-4 * float(total.abs().max()) + 1e-6 * float(self.offset.abs().max())  # float32 rounding
+        exact = 1e-5 * float(total.abs().max()) + 1e-6 * float(self.offset.abs().max())  # float32 rounding
         total, left = total.double(), float("inf")
         grams = total.new_empty(len(ids), self.dim, self.dim)
         for block in self.blocks:
