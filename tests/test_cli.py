@@ -293,6 +293,18 @@ def test_eval_names_what_it_skipped(capsys: Any, model: str, pictures: Path, tmp
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["pictures"] == 2
 
 
+def test_the_folder_of_a_run_says_where_its_model_is(capsys: Any, pictures: Path, tmp_path: Path) -> None:
+    step = tmp_path / "run" / "checkpoints" / "step_000000001"
+    step.mkdir(parents=True)
+    (step / "state.json").touch()
+    for folder in (tmp_path / "run", step):
+        said = failed(capsys, "eval", folder, "--data", pictures, "--out", tmp_path / "out")
+        assert said.startswith(f"Error: {folder} belongs to a training run that has left no model yet")
+    (tmp_path / "run" / "tokenizer").mkdir()
+    said = failed(capsys, "encode", step, pictures, "--out", tmp_path / "out")
+    assert said.endswith(f"whose model is {tmp_path / 'run' / 'tokenizer'}. Give that.")
+
+
 def test_a_probe_that_does_not_fit_is_refused_before_anything_is_measured(
     capsys: Any, model: str, pictures: Path, tmp_path: Path
 ) -> None:

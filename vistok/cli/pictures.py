@@ -191,12 +191,27 @@ def load(model: str, device: str, *, whole: bool = False) -> Tokenizer:
         torch.zeros(1, device=where).item()
     except (RuntimeError, AssertionError, NotImplementedError) as err:  # no driver, no such card, no memory behind it
         raise typer.BadParameter(f"--device: {device!r} cannot be used on this machine. Try cpu or cuda.") from err
+    _refuse_run(Path(model))
     found: Tokenizer = load_tokenizer(model, device=where, kind="tokenizer")
     if whole and found.multiple is None:
         raise ValueError(f"{model} takes pictures of one size only, so --whole does not go with it.")
     if whole:
         found.preprocess = dataclasses.replace(found.preprocess, crop="none")
     return found
+
+
+def _refuse_run(folder: Path) -> None:
+    """Say where the model is, if a folder is that of a training run or one of its checkpoints.
+
+    Raises:
+        ValueError: It is.
+    """
+    run = folder.parent.parent if (folder / "state.json").is_file() else folder
+    if not (run / "checkpoints").is_dir():
+        return
+    if (run / "tokenizer").is_dir():
+        raise ValueError(f"{folder} belongs to a training run, whose model is {run / 'tokenizer'}. Give that.")
+    raise ValueError(f"{folder} belongs to a training run that has left no model yet: vistok train goes on with it.")
 
 
 def _read_tokens(
