@@ -106,7 +106,8 @@ def _held_out(run: Run, dataset: Dataset, reads_text: bool) -> tuple[Sequence[Pa
     files, captions, broken = of_first(lambda: write_files(dataset, run.out / EVALUATION / PICTURES))
     if broken and run.accelerator.is_main_process:
         name, why = next(iter(broken.items()))
-        warnings.warn(f"eval.data: {len(broken)} pictures were skipped, e.g. {name}: {why}", stacklevel=2)
+        reason = why if name in why else f"{name}: {why}"
+        warnings.warn(f"eval.data: {len(broken)} left out of the evaluation, e.g. {reason}", stacklevel=2)
     return files, captions if reads_text else None
 
 
