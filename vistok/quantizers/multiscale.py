@@ -190,10 +190,11 @@ class MultiScaleQuantizer(TableQuantizer):
         to the codes. Memory grows with (side^2 D)^2; at the published size (8192^2) a picture takes minutes on a CPU.
 
         Two lists of ids can have one sum, e.g. row a in all of a scale and row b in all of another with the same phi,
-        or b and a; one of them comes back, if any. Measured, 64 codes x 8 channels and 16 x 4, scales (1, 2, 4): all
-        found, 20 of 20 of each kind, random ids and ids of features, standard-normal, faint or constant, on normal
-        and untrained tables. With scales 1 .. 6 and an untrained table, 128 x 16: 12 of 12 for random ids and
-        standard-normal features, 6 of 12 for constant ones. Keep the ids of `forward` where you can.
+        or b and a; one of them comes back, if any. Measured at scales (1, 2, 4) on normal and untrained tables,
+        64 codes x 8 channels and 16 x 4: found for 1119 of 1120 lists, 14 kinds from random ids and ids of
+        standard-normal, faint or constant features to one row in all of a scale. With scales 1 .. 6 and an untrained
+        table, 128 x 16: 250 of 280, among them all of random ids and of standard-normal features, 10 of 20 of constant
+        ones. Keep the ids of `forward` where you can.
 
         Raises:
             ValueError: Wrong shape, or codes whose ids were not found.
