@@ -293,16 +293,20 @@ def test_eval_names_what_it_skipped(capsys: Any, model: str, pictures: Path, tmp
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["pictures"] == 2
 
 
-def test_the_folder_of_a_run_says_where_its_model_is(capsys: Any, pictures: Path, tmp_path: Path) -> None:
-    step = tmp_path / "run" / "checkpoints" / "step_000000001"
-    step.mkdir(parents=True)
-    (step / "state.json").touch()
-    for folder in (tmp_path / "run", step):
-        said = failed(capsys, "eval", folder, "--data", pictures, "--out", tmp_path / "out")
-        assert said.startswith(f"Error: {folder} belongs to a training run that has left no model yet")
-    (tmp_path / "run" / "tokenizer").mkdir()
-    said = failed(capsys, "encode", step, pictures, "--out", tmp_path / "out")
-    assert said.endswith(f"whose model is {tmp_path / 'run' / 'tokenizer'}. Give that.")
+def test_runs_and_their_checkpoints_are_models_too(capsys: Any, pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    small = ["train.steps=2", "train.global_batch=2", "train.save_every=1", f"train.out={out}", "eval=null"]
+    assert run(["train", str(REPOSITORY / "recipes" / "titok" / "tiny_single.yaml"), *small]) == 0
+    capsys.readouterr()
+    steps, ids = sorted((out / "checkpoints").iterdir()), {}
+    for name in (out, *steps, out / "tokenizer"):
+        ran(capsys, "encode", name, pictures, "--out", tmp_path / "ids" / name.name)
+        ids[name.name] = [file.read_bytes()[7:] for file in sorted((tmp_path / "ids" / name.name).rglob("*.vtok"))]
+    assert ids["run"] == ids["tokenizer"] == ids[steps[-1].name] != ids[steps[0].name]
+    (out / "tokenizer").rename(tmp_path / "elsewhere")
+    ran(capsys, "encode", out, pictures, "--out", tmp_path / "ids" / "unfinished")
+    (steps[-1] / "ema.safetensors").write_bytes(b"")
+    assert "ema.safetensors" in failed(capsys, "encode", steps[-1], pictures, "--out", tmp_path / "ids" / "broken")
 
 
 def test_a_probe_that_does_not_fit_is_refused_before_anything_is_measured(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -191,8 +191,11 @@ def load(model: str, device: str, *, whole: bool = False) -> Tokenizer:
         torch.zeros(1, device=where).item()
     except (RuntimeError, AssertionError, NotImplementedError) as err:  # no driver, no such card, no memory behind it
         raise typer.BadParameter(f"--device: {device!r} cannot be used on this machine. Try cpu or cuda.") from err
-    _refuse_run(Path(model))
-    found: Tokenizer = load_tokenizer(model, device=where, kind="tokenizer")
+    finished = Path(model) / "tokenizer"
+    found: Tokenizer | None = _of_run(Path(model))
+    if found is None:
+        found = load_tokenizer(finished if finished.is_dir() else model, device=where, kind="tokenizer")
+    found = found.to(where)
     if whole and found.multiple is None:
         raise ValueError(f"{model} takes pictures of one size only, so --whole does not go with it.")
     if whole:
@@ -200,18 +203,15 @@ def load(model: str, device: str, *, whole: bool = False) -> Tokenizer:
     return found
 
 
-def _refuse_run(folder: Path) -> None:
-    """Say where the model is, if a folder is that of a training run or one of its checkpoints.
+def _of_run(folder: Path) -> Any:
+    """The tokenizer of a training run or of one of its checkpoints; None for other folders."""
+    from vistok.train import checkpoint
 
-    Raises:
-        ValueError: It is.
-    """
-    run = folder.parent.parent if (folder / "state.json").is_file() else folder
-    if not (run / "checkpoints").is_dir():
-        return
-    if (run / "tokenizer").is_dir():
-        raise ValueError(f"{folder} belongs to a training run, whose model is {run / 'tokenizer'}. Give that.")
-    raise ValueError(f"{folder} belongs to a training run that has left no model yet: vistok train goes on with it.")
+    if (folder / checkpoint.STATE).is_file():
+        return checkpoint.tokenizer_of(folder)
+    if (folder / "tokenizer").is_dir() or not (steps := checkpoint.folders(folder)):
+        return None
+    return checkpoint.tokenizer_of(steps[-1])
 
 
 def _read_tokens(

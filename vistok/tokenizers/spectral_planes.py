@@ -266,6 +266,11 @@ class SpectralPlanes(Tokenizer):
         share = self.quantizer.dim / (WHOLE * 3 * height * width)
         self.decoder = PlaneRefiner(grid, patch_size, share, size, channels, blocks)
 
+    @property
+    def last_layer(self) -> nn.Parameter:
+        """Weight of the last layer."""
+        return self.decoder.head.weight
+
     def encode_features(self, images: Tensor) -> Tensor:
         """Pictures in [0, 1], (B, 3, H, W) -> digits (B, K, D), float32."""
         return self.code.analyse(images)

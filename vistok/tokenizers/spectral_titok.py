@@ -340,6 +340,11 @@ class SpectralTiTok(Tokenizer):
         initialise(self.encoder)
         nn.init.zeros_(self.encoder.head.weight)
 
+    @property
+    def last_layer(self) -> nn.Parameter:
+        """Weight of the last layer."""
+        return self.decoder.head.weight
+
     def encode_features(self, images: Tensor) -> Tensor:
         """Pictures in [0, 1], (B, 3, H, W) -> (B, K, quantizer.in_dim), float32."""
         return self.analysis(images) + self.encoder(images)

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vistok.config import write_yaml
+from vistok.config import create, write_yaml
+from vistok.hub import load_strictly
 
 STATE = "state.json"
 RECIPE = "recipe.yaml"
@@ -195,3 +196,16 @@ def newest(out: Path) -> Snapshot | None:
     if causes:
         raise CheckpointError(f"No checkpoint of {out} can be read. {' '.join(causes)}")
     return None
+
+
+def tokenizer_of(folder: Path) -> Any:
+    """The tokenizer in a checkpoint, with its averaged weights where the run keeps any; on the CPU, in eval mode.
+
+    Raises:
+        CheckpointError: A file is missing or damaged.
+        LoadError: The weights are not those of a whole tokenizer.
+    """
+    snapshot = load(folder)
+    model: Any = create("tokenizer", **snapshot.recipe["model"])
+    load_strictly(model, {**snapshot.modules["model"], **snapshot.modules.get("ema", {})}, str(folder))
+    return model.eval()

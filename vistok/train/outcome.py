@@ -59,8 +59,9 @@ def greeting(run: Run) -> str:
     begins = "" if run.resumed is None else f", continued at step {run.resumed}"
     pictures = len(run.loader.reader.dataset)
     return (
-        f"{run.model.registry_name}: {count / 1e6:.2f} M parameters{frozen}, {pictures} pictures, "
-        f"{config.steps} steps of {config.global_batch} on {where} in {precision}{begins}. Folder: {run.out}"
+        f"{run.model.registry_name}: {count / 1e6:.2f} M parameters{frozen}, "
+        f"{pictures} picture{'s' * (pictures != 1)}, {config.steps} steps of {config.global_batch} on {where} in "
+        f"{precision}{begins}. Folder: {run.out}"
     )
 
 
