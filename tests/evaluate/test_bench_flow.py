@@ -34,7 +34,7 @@ def test_a_difference_stops_the_benchmark(monkeypatch):
 
 
 def test_command_prints_the_ratios(tmp_path):
-    arguments = ["bench", "tokenizer", "--model", "flextok_tiny", "--batch", "1", "--rounds", "1", "--tokens", "2"]
+    arguments = ["bench", "tokenizer", "flextok_tiny", "--batch", "1", "--rounds", "1", "--tokens", "2"]
     done = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "b.json")])
     assert done.exit_code == 0, done.output
     assert "as packed" in done.output and "guidance 1.5" in done.output

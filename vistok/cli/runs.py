@@ -52,7 +52,10 @@ def train(
 
 @bench.command("tokenizer")
 def bench_tokenizer(
-    model: Annotated[str, typer.Option(help="A TiTok or FlexTok preset; weights are random.")] = "titok_s128.in1k",
+    preset: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A TiTok or FlexTok preset; weights are random.")
+    ] = "titok_s128.in1k",
+    model: Annotated[str, typer.Option(hidden=True, help="The same.")] = "",
     batch: Annotated[int | None, typer.Option(min=1, help="Pictures per batch; 2, or 8 for FlexTok.")] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="Timed rounds; 7, or 3 for FlexTok.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's own, or 1 for FlexTok.")] = None,
@@ -63,6 +66,7 @@ def bench_tokenizer(
     """Encode and decode, or sample, against a plain implementation with the same weights."""
     from vistok.evaluate import bench_flow
 
+    model = model or preset
     given = {"batch": batch, "rounds": rounds, "threads": threads}
     given = {name: value for name, value in given.items() if value is not None}
     if bench_flow.takes(model):
