@@ -303,9 +303,12 @@ def test_runs_and_their_checkpoints_are_models_too(capsys: Any, pictures: Path, 
         ran(capsys, "encode", name, pictures, "--out", tmp_path / "ids" / name.name)
         ids[name.name] = [file.read_bytes()[7:] for file in sorted((tmp_path / "ids" / name.name).rglob("*.vtok"))]
     assert ids["run"] == ids["tokenizer"] == ids[steps[-1].name] != ids[steps[0].name]
-    (out / "tokenizer").rename(tmp_path / "elsewhere")
-    ran(capsys, "encode", out, pictures, "--out", tmp_path / "ids" / "unfinished")
+    assert "There are no pictures" in failed(capsys, "reconstruct", out, "--out", tmp_path / "none")
+    assert "titok (tokenizer)" in ran(capsys, "info", out)
     (steps[-1] / "ema.safetensors").write_bytes(b"")
+    assert run(["encode", str(out), str(pictures), "--out", str(tmp_path / "ids" / "before")]) == 0
+    assert f"{steps[0].name} is taken instead" in capsys.readouterr().err
+    assert [f.read_bytes()[7:] for f in sorted((tmp_path / "ids" / "before").rglob("*.vtok"))] == ids[steps[0].name]
     assert "ema.safetensors" in failed(capsys, "encode", steps[-1], pictures, "--out", tmp_path / "ids" / "broken")
 
 
@@ -472,7 +475,7 @@ def test_info_of_a_folder_shows_what_was_saved(tmp_path: Path, capsys: Any) -> N
     said = ran(capsys, "info", str(tmp_path / "mine"))
     for expected in ("one_d_piece (tokenizer)", model.model_id, "config.num_tokens", "64x64"):
         assert expected in said
-    assert "has no config.json" in failed(capsys, "info", tmp_path)
+    assert "holds no weight file" in failed(capsys, "info", tmp_path)
 
 
 def test_info_of_a_builder_shows_its_arguments(capsys: Any) -> None:

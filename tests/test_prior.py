@@ -82,6 +82,16 @@ def test_crops_of_a_picture_are_kept_together_and_the_same_every_time(smooth: li
     assert again.check == found.prior.check != whole.check
 
 
+def test_crops_keep_the_filter_and_channels_of_the_model_and_come_in_batches(smooth: list[Path]) -> None:
+    tokenizer = vistok.create("tokenizer", "depth_vqvae_tiny").eval()
+    seen: list[torch.Tensor] = []
+    encode = tokenizer.encode
+    tokenizer.encode = lambda images: seen.append(images) or encode(images)
+    fit(tokenizer, smooth[:2], crops=5, batch=3)
+    assert [len(images) for images in seen] == [3, 2, 3, 2]
+    assert all(torch.equal(images[:, 0], images[:, channel]) for images in seen for channel in (1, 2))
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [("mingtok_tiny", "has continuous latents, and a prior is a table of at most 16384 ids"), ("nowhere", "no preset")],

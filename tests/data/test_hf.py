@@ -51,11 +51,13 @@ def test_damaged_row_is_named(folder):
 
 
 def test_what_is_no_data_set_is_told_in_our_words(folder):
-    with pytest.raises(FileNotFoundError, match=r"no folder 'cifar10'\. Data sets are read from disk: .*save_to_disk"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no folder 'cifar10'\. Data sets are read from disk. Save one with .*save_to_disk"
+    ):
         vistok.create("dataset", "hf", path="cifar10")
     for part in folder.rglob("*.json"):
         part.unlink()
-    with pytest.raises(ValueError, match=r"set holds no data set that can be read \(.*save_to_disk"):
+    with pytest.raises(ValueError, match=r"set holds no data set that can be read: .*save_to_disk"):
         vistok.create("dataset", "hf", path=str(folder))
 
 

@@ -291,7 +291,7 @@ def test_a_reference_that_does_not_fit_is_refused_before_any_picture(photos, tmp
     np.savez(tmp_path / "other.npz", mu=np.zeros(7), sigma=np.eye(7))
     with pytest.raises(ValueError, match="statistics of 7 features, pooled distance has 48"):
         distance(photos[:5], tmp_path / "a", reference=tmp_path / "other.npz")
-    with pytest.raises(ValueError, match="for Frechet distances, e.g. rfid; of psnr none"):
+    with pytest.raises(ValueError, match=r"for Frechet distances, e.g. rfid; none is among \['psnr'\]"):
         evaluate(Cells(), photos[:2], metrics=("psnr",), out=tmp_path / "b", reference=tmp_path / "other.npz")
     assert pooled.looks == 0
 

@@ -57,7 +57,7 @@ def test_damage_is_named_and_the_one_before_is_taken(out, file, damage):
         path.unlink()
     else:
         path.write_bytes(data[: len(data) // 2] if damage == "cut" else bytes([data[0] ^ 1]) + data[1:])
-    with pytest.warns(UserWarning, match=rf"step_000000002.*{file}.*goes on from step_000000001"):
+    with pytest.warns(UserWarning, match=rf"step_000000002.*{file}.*step_000000001 is taken"):
         assert checkpoint.newest(out).step == 1
 
 

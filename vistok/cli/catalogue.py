@@ -94,7 +94,7 @@ def info(
     """Show one entry: what it is, its configuration, licences, published figures with their source."""
     from vistok.cli.show import Rows
 
-    if Path(name).is_dir():
+    if Path(name).is_dir() and name not in list_names(kind or None):
         Rows(("", ""), _saved_lines(name)).print()
         return
     found = info_of(name, kind or None)
@@ -128,15 +128,12 @@ def _row(entry: Info) -> list[str]:
 
 
 def _saved_lines(folder: str) -> list[tuple[str, str]]:
-    """What a folder holds. Its weights are read, so that what does not fit is said."""
-    from vistok.hub import build_saved, read_folder
+    """What the folder of a tokenizer holds. Its weights are read, so that what does not fit is said."""
+    from vistok.cli.pictures import load
 
-    config, tensors = read_folder(folder)
-    model = build_saved(config, tensors, folder)
-    lines = [("folder", folder), ("builder", f"{config['name']} ({config['kind']})")]
-    if config["kind"] == "tokenizer":
-        lines += [("model id", model.model_id), *_facts(model).items()]
-    return lines + [(f"config.{k}", _yaml(v)) for k, v in config["config"].items()]
+    model = load(folder, "cpu")
+    lines = [("folder", folder), ("builder", f"{model.registry_name} (tokenizer)"), ("model id", model.model_id)]
+    return [*lines, *_facts(model).items(), *((f"config.{k}", _yaml(v)) for k, v in model.config.items())]
 
 
 def _is_preset(entry: Info) -> bool:

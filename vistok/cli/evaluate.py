@@ -63,6 +63,11 @@ def evaluate(
     """
     if not data and probe is None:
         raise ValueError("There is nothing to do: give pictures with --data, a labelled folder with --probe, or both.")
+    if reference is not None and (not data or rate_distortion or protocol):
+        raise typer.BadParameter(
+            "--reference changes what the Frechet distances of --data are from: it goes neither with --rate-distortion "
+            "nor with --protocol, which fixes its own."
+        )
     from vistok.image import find_pictures
     from vistok.train import launch
 

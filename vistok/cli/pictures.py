@@ -140,7 +140,8 @@ def reconstruct(
     from vistok.image import find_pictures, read_batches, save_png, to_pictures
 
     first = Path(words[0])
-    only_pictures = first.suffix.lower() in PICTURES or (len(words) == 1 and first.is_dir())
+    pictures_alone = len(words) == 1 and first.is_dir() and not _is_model(first)
+    only_pictures = first.suffix.lower() in PICTURES or pictures_alone
     model, sources = (DEFAULT, words) if only_pictures else (words[0], words[1:])
     if not sources:
         raise typer.BadParameter(f"There are no pictures: give files, folders or patterns after the model {model!r}.")
@@ -191,10 +192,7 @@ def load(model: str, device: str, *, whole: bool = False) -> Tokenizer:
         torch.zeros(1, device=where).item()
     except (RuntimeError, AssertionError, NotImplementedError) as err:  # no driver, no such card, no memory behind it
         raise typer.BadParameter(f"--device: {device!r} cannot be used on this machine. Try cpu or cuda.") from err
-    finished = Path(model) / "tokenizer"
-    found: Tokenizer | None = _of_run(Path(model))
-    if found is None:
-        found = load_tokenizer(finished if finished.is_dir() else model, device=where, kind="tokenizer")
+    found: Tokenizer = _of_run(Path(model)) or load_tokenizer(model, device=where, kind="tokenizer")
     found = found.to(where)
     if whole and found.multiple is None:
         raise ValueError(f"{model} takes pictures of one size only, so --whole does not go with it.")
@@ -204,14 +202,23 @@ def load(model: str, device: str, *, whole: bool = False) -> Tokenizer:
 
 
 def _of_run(folder: Path) -> Any:
-    """The tokenizer of a training run or of one of its checkpoints; None for other folders."""
+    """The tokenizer of a checkpoint, or of the newest one of a training run; None for other folders."""
     from vistok.train import checkpoint
 
     if (folder / checkpoint.STATE).is_file():
-        return checkpoint.tokenizer_of(folder)
-    if (folder / "tokenizer").is_dir() or not (steps := checkpoint.folders(folder)):
-        return None
-    return checkpoint.tokenizer_of(steps[-1])
+        return checkpoint.tokenizer_of(checkpoint.load(folder), folder)
+    if _is_run(folder) and (newest := checkpoint.newest(folder)) is not None:
+        return checkpoint.tokenizer_of(newest, folder)
+    return None
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "checkpoints").is_dir() and not (folder / "config.json").is_file()
+
+
+def _is_model(folder: Path) -> bool:
+    """Whether a folder is no folder of pictures, but a model, a run or a checkpoint."""
+    return _is_run(folder) or any((folder / name).is_file() for name in ("config.json", "state.json"))
 
 
 def _read_tokens(

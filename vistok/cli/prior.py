@@ -15,10 +15,12 @@ def prior(
     model: Model,
     data: Annotated[str, typer.Option(help="Pictures to fit to: files, folders, patterns, separated by commas.")],
     out: Annotated[Path, typer.Option(help="Folder for the weights with their prior; MODEL itself if it is a folder.")],
-    crops: Annotated[int, typer.Option(min=0, help="Random crops of each picture; 0 for the picture as it is.")] = 0,
+    crops: Annotated[
+        int, typer.Option(min=0, help="Random crops of each picture, half of them mirrored; 0 for the picture itself.")
+    ] = 0,
     smallest: Annotated[
-        float, typer.Option(min=0.01, max=1, help="Smallest share of a picture's area that a crop takes.")
-    ] = 0.15,
+        float | None, typer.Option(min=0.01, max=1, help="Smallest share of a picture's area of --crops; 0.15.")
+    ] = None,
     batch: Batch = 16,
     device: Device = "",
     overwrite: Overwrite = False,
@@ -33,12 +35,14 @@ def prior(
     from vistok.hub import CONFIG
     from vistok.image import find_pictures
 
+    if smallest is not None and not crops:
+        raise typer.BadParameter("--smallest is for --crops, of which there are none.")
     inside = Path(model).is_dir() and out.resolve() == Path(model).resolve()
     files.refuse_existing([out / FILE] if inside else [out / FILE, out / CONFIG], overwrite=overwrite)
     found = list(files.collect(files.listed(data), find_pictures))
     tokenizer = load(model, device)
     with progress("encode", len(found)) as advance:
-        fitted = fit(tokenizer, found, batch=batch, crops=crops, smallest=smallest, progress=advance)
+        fitted = fit(tokenizer, found, batch=batch, crops=crops, smallest=smallest or 0.15, progress=advance)
     tokenizer.prior = fitted.prior
     if inside:
         fitted.prior.save(out)

@@ -10,7 +10,7 @@ from vistok.image import decode, to_pil
 from vistok.registry import nearest, register
 
 STORED = ("string", "large_string", "binary", "large_binary")  # paths, or files as bytes
-SAVE = "datasets.load_dataset(...).save_to_disk(FOLDER)"
+SAVE = "Save one with datasets.load_dataset(...).save_to_disk(FOLDER)"
 
 
 @register("dataset", "hf")
@@ -45,12 +45,12 @@ class HuggingFace:
             raise ImportError("data.name=hf needs the package datasets: pip install datasets") from err
 
         if not path.is_dir():
-            raise FileNotFoundError(f"There is no folder {str(path)!r}. Data sets are read from disk: {SAVE}.")
+            raise FileNotFoundError(f"There is no folder {str(path)!r}. Data sets are read from disk. {SAVE}.")
         try:
             found: Any = datasets.load_from_disk(str(path))
         except Exception as err:  # datasets and pyarrow raise many types
             reason = " ".join(str(err).split())
-            raise ValueError(f"{path} holds no data set that can be read ({SAVE}): {reason}") from err
+            raise ValueError(f"{path} holds no data set that can be read: {reason.rstrip('.')}. {SAVE}.") from err
         if isinstance(found, dict):
             if split is None or split not in found:
                 raise ValueError(f"{path} has splits: give one as `split`, got {split!r}. {nearest(str(split), found)}")

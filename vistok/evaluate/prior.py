@@ -64,7 +64,8 @@ def fit(
         tokenizer: A tokenizer with ids.
         pictures: Picture files; `tokenizer.preprocess` is applied. Files that cannot be read are skipped and named.
         batch: Pictures at once.
-        crops: Random crops of each picture, the same at every call, instead of the picture as it is preprocessed.
+        crops: Random crops of each picture, half of them mirrored, the same at every call, instead of the picture as
+            it is preprocessed; its filter and channels stay.
         smallest: Smallest share of a picture's area that a crop takes.
         progress: Called with the number of pictures done.
 
@@ -76,11 +77,11 @@ def fit(
     broken: dict[Path, str] = {}
     found: list[Tensor] = []
     owners: list[Path] = []
+    how = tokenizer.preprocess
+    read = read_batches(pictures, how, batch, broken=broken)
     if crops:
-        augment = Augment(size=tokenizer.preprocess.size, crop="resized", scale=(smallest, 1.0))
-        read = _cropped(pictures, augment, crops, broken)
-    else:
-        read = read_batches(pictures, tokenizer.preprocess, batch, broken=broken)
+        cut = {"size": how.size, "resample": how.resample, "channels": how.channels}
+        read = _cropped(pictures, Augment(crop="resized", scale=(smallest, 1.0), **cut), crops, batch, broken)
     for files, images in read:
         ids = tokenizer.encode(images).ids
         assert ids is not None
@@ -113,14 +114,16 @@ def fit(
 
 
 def _cropped(
-    pictures: Sequence[Path], augment: Augment, count: int, broken: dict[Path, str]
+    pictures: Sequence[Path], augment: Augment, count: int, batch: int, broken: dict[Path, str]
 ) -> Iterator[tuple[list[Path], Tensor]]:
-    """As `read_batches`: `count` crops of one picture after the other."""
+    """As `read_batches`: `count` crops of one picture after the other, at most `batch` at once."""
     for i, path in enumerate(pictures):
         try:
             picture = to_pil(path)
-        except (PictureError, FileNotFoundError) as err:
+        except (PictureError, OSError, ValueError) as err:
             broken[path] = str(err)
             continue
-        cuts = np.stack([augment(picture, keyed(0, "prior", i, j)) for j in range(count)])  # (N, H, W, 3)
-        yield [path] * count, torch.from_numpy(cuts).permute(0, 3, 1, 2).float() / 255
+        for first in range(0, count, batch):
+            some = range(first, min(first + batch, count))
+            cuts = np.stack([augment(picture, keyed(0, "prior", i, j)) for j in some])  # (N, H, W, 3)
+            yield [path] * len(some), torch.from_numpy(cuts).permute(0, 3, 1, 2).float() / 255

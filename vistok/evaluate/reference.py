@@ -137,10 +137,12 @@ def of_folder(metric: FrechetMetric, source: Path, preprocess: Preprocess, devic
     return found
 
 
-def use(metrics: Mapping[str, Metric], source: Path | None, preprocess: Preprocess, device: torch.device) -> None:
+def use(
+    metrics: Mapping[str, Metric], source: Path | None, preprocess: Preprocess, device: torch.device, *, why: str = ""
+) -> None:
     """Compare with another set in place of the originals: the pictures of a folder, or an .npz of statistics.
 
-    Every process has to call it; the first one computes.
+    Every process has to call it; the first one computes. `why` says of metrics that are left out why they are.
 
     Raises:
         ValueError: None of the metrics is a Frechet distance, or the .npz does not fit one.
@@ -149,10 +151,11 @@ def use(metrics: Mapping[str, Metric], source: Path | None, preprocess: Preproce
         return
     frechet = [metric for metric in metrics.values() if isinstance(metric, FrechetMetric)]
     if not frechet:
-        raise ValueError(f"A reference is for Frechet distances, e.g. rfid; of {', '.join(metrics)} none is one.")
+        raise ValueError(f"A reference is for Frechet distances, e.g. rfid; none is among {list(metrics)}.{why}")
     for metric in frechet:
         if source.suffix == ".npz":
             metric.compare_with_file(source)
         else:
             moments = of_first(lambda m=metric: of_folder(m, source, preprocess, device))
             metric.reference, metric.reference_name = moments, f"the pictures of {source}"
+            metric.reference_sha256 = None

@@ -131,7 +131,8 @@ def evaluate(
     root = _common_folder(pictures)
     specs: dict[str, Mapping[str, Any]] = {n: {"name": n} for n in metrics}
     measured = _Measured(tokenizer, {**specs, **(conditions.specs if conditions else {})}, root)
-    statistics.use(measured.metrics, reference, tokenizer.preprocess, tokenizer.device)
+    where = tokenizer.preprocess, tokenizer.device
+    statistics.use(measured.metrics, reference, *where, why=measured.left_out())
     keys = statistics.recall(measured.metrics, pictures, tokenizer.preprocess, root)
     broken: dict[Path, str] = {}
     was_training = tokenizer.training
@@ -194,9 +195,9 @@ class _Measured:
         self.metrics = {n: m.to(tokenizer.device) for n, m in built.items() if n not in self.unmeasured}
         ranking = [n for n, metric in self.metrics.items() if metric.per_picture]
         if not ranking:
-            why = "".join(f" {name} cannot be measured: {reason}" for name, reason in self.unmeasured.items())
             raise ValueError(
-                f"An evaluation needs a metric that has a value for every picture, e.g. psnr; got {list(specs)}.{why}"
+                "An evaluation needs a metric that has a value for every picture, e.g. psnr; got "
+                f"{list(specs)}.{self.left_out()}"
             )
         self.gallery = Gallery(ranking[0], higher_is_better=self.metrics[ranking[0]].higher_is_better)
         self.flat: Metric = create("metric", "psnr").to(tokenizer.device)
@@ -206,6 +207,10 @@ class _Measured:
         self.seconds = {"encode": 0.0, "decode": 0.0}
         self.totals = {"tokens": 0.0, "bits": 0.0, "bytes": 0.0, "files": 0.0, "coded": 0.0, "pixels": 0.0}
         self.prior, self.portable = tokenizer.coder, tokenizer.portable
+
+    def left_out(self) -> str:
+        """Why metrics are left out, a sentence for each."""
+        return "".join(f" {name} cannot be measured: {reason}" for name, reason in self.unmeasured.items())
 
     def update(self, files: Sequence[Path], images: Tensor, num_tokens: int | None, text: Any = None) -> None:
         """Enter a batch, (B, 3, H, W) in [0, 1] on the tokenizer's device."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 Start = Literal["published", "local"]
-"""How a tokenizer is initialised: as its authors do, or `local`, see above."""
+"""How a tokenizer is initialised: as its authors do, or `local`, see above (FlexTok's has a way of its own)."""
 
 
 def places(patches: int, tokens: int, width: int) -> tuple[Tensor, Tensor]:
@@ -52,6 +52,7 @@ def attend_by_place(transformer: nn.Module) -> None:
             key.copy_(query)
             nn.init.normal_(value, std=(width - lane) ** -0.5)
             value[:, :lane] = 0
+            _without_bias(qkv)
             write_content(layer.proj)
 
 
@@ -60,6 +61,7 @@ def write_content(layer: nn.Linear | nn.Conv2d, gain: float = 1.0) -> None:
     """Make a layer's outputs contents, `gain` times as strong as its inputs."""
     nn.init.normal_(layer.weight, std=gain * layer.weight[0].numel() ** -0.5)
     layer.weight[: len(layer.weight) // 2] = 0
+    _without_bias(layer)
 
 
 @torch.no_grad()
@@ -67,23 +69,26 @@ def read_content(layer: nn.Linear | nn.Conv2d, gain: float = 1.0) -> None:
     """Make a layer (Xavier-uniform, times `gain`) read contents only."""
     nn.init.xavier_uniform_(layer.weight, gain)
     layer.weight[:, : layer.weight.shape[1] // 2] = 0
+    _without_bias(layer)
 
 
 @torch.no_grad()
 def embed_pixels(layer: nn.Conv2d) -> None:
-    """Make a patch embedding give contents in which a picture in [0, 1] is centred."""
+    """Make a patch embedding, which has a bias, give contents that are zero for a grey picture in [0, 1]."""
     write_content(layer, 2.0)
-    if layer.bias is not None:
-        layer.bias.copy_(-0.5 * layer.weight.flatten(1).sum(1))
+    assert layer.bias is not None
+    layer.bias.copy_(-0.5 * layer.weight.flatten(1).sum(1))
 
 
 @torch.no_grad()
 def draw_pixels(layer: nn.Linear, smooth: nn.Conv2d | None = None) -> None:
     """Make an output layer draw contents faintly on grey, and a convolution after it do nothing."""
     read_content(layer, 0.3)
-    last = layer
     if smooth is not None:
         nn.init.dirac_(smooth.weight)
+    nn.init.constant_((smooth or layer).bias, 0.5)
+
+
+def _without_bias(layer: nn.Linear | nn.Conv2d) -> None:
+    if layer.bias is not None:
         nn.init.zeros_(layer.bias)
-        last = smooth
-    nn.init.constant_(last.bias, 0.5)

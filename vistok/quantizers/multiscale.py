@@ -187,14 +187,14 @@ class MultiScaleQuantizer(TableQuantizer):
 
         The ids are hidden in a sum: the finest scale alone spans the grid, and encoding the sum again gives hardly any
         of them back. `Superposition` finds them by message passing and least squares, and returns only ids that add up
-        to the codes. Memory grows with (side^2 D)^2; at the published size (8192^2) a picture takes minutes on a CPU.
+        to the codes. Memory grows with (side^2 D)^2; at the published size (8192^2) a picture takes minutes on a CPU,
+        and up to six times as long where it is refused.
 
-        Two lists of ids can have one sum, e.g. row a in all of a scale and row b in all of another with the same phi,
-        or b and a; one of them comes back, if any. Measured at scales (1, 2, 4) on normal and untrained tables,
-        64 codes x 8 channels and 16 x 4: found for 1119 of 1120 lists, 14 kinds from random ids and ids of
-        standard-normal, faint or constant features to one row in all of a scale. With scales 1 .. 6 and an untrained
-        table, 128 x 16: 250 of 280, among them all of random ids and of standard-normal features, 10 of 20 of constant
-        ones. Keep the ids of `forward` where you can.
+        Two lists of ids can have one sum: row a in all of a scale and row b in all of another with the same phi, or b
+        and a. One of them comes back, if any. Found on tables of 64 x 8 and 16 x 4, normal or untrained, at scales
+        (1, 2, 4): 1119 of 1120 lists of 14 kinds, from random ids over features to one row in all of a scale. Found on
+        an untrained table of 128 x 16 at scales 1 .. 6: all 40 of random ids and of normal features, 10 of 20 of
+        constant features, 250 of 280 in all. Keep the ids of `forward` where you can.
 
         Raises:
             ValueError: Wrong shape, or codes whose ids were not found.

@@ -336,7 +336,7 @@ def projector(width: int, out: int, ratio: int = 4) -> nn.Sequential:
 
 
 def initialise(model: FlexTok, start: Start = "published") -> None:
-    """Xavier-uniform linear layers without bias; modulations zero, and for a `published` start both heads.
+    """Xavier-uniform linear layers without bias; modulations are zero, and with a `published` start both heads.
 
     A `local` start is ours: gates are one; keys equal queries, and every register, in encoder and decoder, stands at
     the position of a patch of its own, in random order, so that it first reads and writes that patch; and noise enters

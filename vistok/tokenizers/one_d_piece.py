@@ -30,7 +30,8 @@ class OneDPiece(TwoStageTiTok):
         proxy_dim: Channels of a proxy code; 256 for the published weights.
         pixel_channels: Base width of the pixel decoder; 128 for the published weights.
         pixel_groups: Groups of its norms; 32 for the published weights.
-        start: Initialisation, `published` or `local` (ours, for short runs; see `vistok.layers.local_start`).
+        start: Initialisation, `published` or `local` (ours, for short runs, best without `legacy_layout`; see
+            `vistok.layers.local_start`).
 
     Example:
         >>> tok = vistok.load("one_d_piece_s256.in1k")

@@ -160,7 +160,8 @@ class TexTok(ReadsText, Tokenizer):
         quantizer: Any registered quantizer that needs no grid.
         text: Which side reads the caption; `none` is the paper's baseline.
         text_encoder: The frozen text encoder.
-        start: Initialisation, the usual one or `local` (for short runs; see `vistok.layers.local_start`).
+        start: Initialisation, `published` (TiTok's; the paper gives none) or `local` (ours, for short runs; see
+            `vistok.layers.local_start`).
 
     Example:
         >>> tok = vistok.create("tokenizer", "textok_128")

@@ -191,21 +191,19 @@ def newest(out: Path) -> Snapshot | None:
             causes.append(str(err))
             continue
         for cause in causes:
-            warnings.warn(f"{cause} The run goes on from {folder.name} instead.", stacklevel=2)
+            warnings.warn(f"{cause} {folder.name} is taken instead.", stacklevel=2)
         return snapshot
     if causes:
         raise CheckpointError(f"No checkpoint of {out} can be read. {' '.join(causes)}")
     return None
 
 
-def tokenizer_of(folder: Path) -> Any:
-    """The tokenizer in a checkpoint, with its averaged weights where the run keeps any; on the CPU, in eval mode.
+def tokenizer_of(snapshot: Snapshot, source: Path) -> Any:
+    """The tokenizer of a checkpoint, with its averaged weights where the run keeps any; on the CPU, in eval mode.
 
     Raises:
-        CheckpointError: A file is missing or damaged.
-        LoadError: The weights are not those of a whole tokenizer.
+        LoadError: The weights are not those of a whole tokenizer; `source` is named.
     """
-    snapshot = load(folder)
     model: Any = create("tokenizer", **snapshot.recipe["model"])
-    load_strictly(model, {**snapshot.modules["model"], **snapshot.modules.get("ema", {})}, str(folder))
+    load_strictly(model, {**snapshot.modules["model"], **snapshot.modules.get("ema", {})}, str(source))
     return model.eval()
