@@ -9,16 +9,8 @@ from torch import Tensor, nn
 
 from vistok.config import Of, Spec, create
 from vistok.image import Preprocess
+from vistok.layers import local_start
 from vistok.layers.attention import float32_linear
-from vistok.layers.local_start import (
-    Start,
-    attend_by_place,
-    draw_pixels,
-    embed_pixels,
-    places,
-    read_content,
-    write_content,
-)
 from vistok.layers.position import resize_table
 from vistok.layers.transformer import Size, Transformer, initialise
 from vistok.quantizers.base import Quantizer
@@ -61,10 +53,10 @@ class _TextPort(nn.Module):
     def start_local(self, patches: int, tokens: int) -> None:
         """Patches and tokens find each other by place (`vistok.layers.local_start`); text has contents, and none."""
         self.position.zero_()
-        self.position[: patches + tokens] = torch.cat(places(patches, tokens, self.position.shape[1]))
-        attend_by_place(self.transformer)
+        self.position[: patches + tokens] = torch.cat(local_start.places(patches, tokens, self.position.shape[1]))
+        local_start.attend_by_place(self.transformer)
         if self.text_proj is not None:
-            write_content(self.text_proj)
+            local_start.write_content(self.text_proj)
 
 
 class TexTokEncoder(_TextPort):
@@ -181,7 +173,7 @@ class TexTok(ReadsText, Tokenizer):
         quantizer: Annotated[Spec, Of("quantizer")],
         text: Where = "both",
         text_encoder: TextEncoder = T5_XL,
-        start: Start = "published",
+        start: local_start.Start = "published",
     ) -> None:
         super().__init__()
         sides, grid = patch_grid(image_size, patch_size)
@@ -206,10 +198,10 @@ class TexTok(ReadsText, Tokenizer):
             side.start_local(encoder.patches, self.num_tokens)
         encoder.latents.zero_()
         decoder.patch_tokens.zero_()
-        embed_pixels(encoder.patch_embed)
-        read_content(encoder.head)
-        write_content(decoder.embed)
-        draw_pixels(decoder.to_patch)
+        local_start.embed_pixels(encoder.patch_embed)
+        local_start.read_content(encoder.head)
+        local_start.write_content(decoder.embed)
+        local_start.draw_pixels(decoder.to_patch)
 
     @property
     def last_layer(self) -> nn.Parameter:

@@ -10,17 +10,9 @@ from torch import Tensor, nn
 
 from vistok.config import Of, Spec, create
 from vistok.image import Preprocess
+from vistok.layers import local_start
 from vistok.layers.attention import float32_linear
 from vistok.layers.conv import to_map
-from vistok.layers.local_start import (
-    Start,
-    attend_by_place,
-    draw_pixels,
-    embed_pixels,
-    places,
-    read_content,
-    write_content,
-)
 from vistok.layers.position import learned_table, resize_table
 from vistok.layers.transformer import Size, Transformer, initialise
 from vistok.quantizers.base import Quantizer
@@ -79,13 +71,13 @@ class TiTokEncoder(nn.Module):
     @torch.no_grad()
     def start_local(self) -> None:
         """Let every latent token begin at its own patches; see `vistok.layers.local_start`."""
-        patches, tokens = places(len(self.position) - 1, *self.latents.shape)
+        patches, tokens = local_start.places(len(self.position) - 1, *self.latents.shape)
         self.position[1:] = patches
         self.latents.zero_()
         self.latent_position.copy_(tokens)
-        embed_pixels(self.patch_embed)
-        attend_by_place(self.transformer)
-        read_content(self.head)
+        local_start.embed_pixels(self.patch_embed)
+        local_start.attend_by_place(self.transformer)
+        local_start.read_content(self.head)
 
 
 class TiTokDecoder(nn.Module):
@@ -133,12 +125,12 @@ class TiTokDecoder(nn.Module):
     @torch.no_grad()
     def start_local(self) -> None:
         """Let every mask token begin by reading the latents of its own patch; see `vistok.layers.local_start`."""
-        patches, tokens = places(len(self.position) - 1, *self.latent_position.shape)
+        patches, tokens = local_start.places(len(self.position) - 1, *self.latent_position.shape)
         self.position[1:] = patches
         self.mask_token.zero_()
         self.latent_position.copy_(tokens)
-        write_content(self.embed)
-        attend_by_place(self.transformer)
+        local_start.write_content(self.embed)
+        local_start.attend_by_place(self.transformer)
 
 
 class PixelHead(nn.Module):
@@ -159,7 +151,7 @@ class PixelHead(nn.Module):
 
     def start_local(self) -> None:
         """Begin with faint contents on grey; see `vistok.layers.local_start`."""
-        draw_pixels(self.to_patch, self.smooth)
+        local_start.draw_pixels(self.to_patch, self.smooth)
 
 
 class CodeHead(nn.Sequential):
@@ -173,7 +165,7 @@ class CodeHead(nn.Sequential):
 
     def start_local(self) -> None:
         """Begin by reading contents; see `vistok.layers.local_start`."""
-        read_content(self.fc1)
+        local_start.read_content(self.fc1)
 
 
 class TiTokBase(Tokenizer):
@@ -202,7 +194,7 @@ class TiTokBase(Tokenizer):
         self.decoder = TiTokDecoder(grid, num_tokens, decoder, self.quantizer.dim)
         return decoder
 
-    def _start(self, start: Start) -> None:
+    def _start(self, start: local_start.Start) -> None:
         if start == "local":
             self.encoder.start_local()
             self.decoder.start_local()
@@ -253,7 +245,7 @@ class TiTok(TiTokBase):
         encoder: SizeName | Size = "small",
         decoder: SizeName | Size = "small",
         quantizer: Annotated[Spec, Of("quantizer")],
-        start: Start = "published",
+        start: local_start.Start = "published",
     ) -> None:
         super().__init__()
         size = self._build(image_size, patch_size, num_tokens, quantizer, (encoder, decoder), legacy=False)
@@ -291,8 +283,7 @@ class TwoStageTiTok(TiTokBase):
         proxy_dim: Channels of a proxy code; 256 for the published weights.
         pixel_channels: Base width of the pixel decoder; 128 for the published weights.
         pixel_groups: Groups of its norms; 32 for the published weights.
-        start: Initialisation, `published` or `local` (ours, for short runs, best without `legacy_layout`; see
-            `vistok.layers.local_start`).
+        start: `published` or `local` (ours, see `vistok.layers.local_start`), which is best without `legacy_layout`.
     """
 
     decoder_parts = ("decoder", "head", "pixel_codebook", "pixel_decoder")
@@ -310,7 +301,7 @@ class TwoStageTiTok(TiTokBase):
         proxy_dim: int = 256,
         pixel_channels: int = 128,
         pixel_groups: int = 32,
-        start: Start = "published",
+        start: local_start.Start = "published",
     ) -> None:
         super().__init__()
         size = self._build(image_size, 16, num_tokens, quantizer, (encoder, decoder), legacy=legacy_layout)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch import nn
 from vistok import hub
 from vistok.config import ConfigError, create, write_yaml
 from vistok.data.augment import Augment
-from vistok.data.base import Dataset, TokenDataset, fingerprint, gives_text, keyed
+from vistok.data.base import Dataset, TokenDataset, fingerprint, keyed
 from vistok.data.loader import Loader
 from vistok.train import checkpoint, launch, optim, sharding
 from vistok.train.checkpoint import Snapshot
@@ -24,6 +23,7 @@ from vistok.train.ema import EMA
 from vistok.train.guard import Guard
 from vistok.train.log import available_trackers
 from vistok.train.recipe import LoaderConfig, Recipe, TrainConfig
+from vistok.train.source import open_data, refuse_other_data, warn_of_missing_captions
 from vistok.train.steps.base import Losses, Step
 
 if TYPE_CHECKING:
@@ -105,14 +105,14 @@ def start(recipe: Recipe) -> Run:
     dataset = open_data(recipe.data, "data")
     torch.manual_seed(config.seed)
     task: Step = create("step", **config.step)
-    _refuse_other_data(f"data.name: the step {task.registry_name!r}", task.reads, recipe.data, dataset)
+    refuse_other_data(f"data.name: the step {task.registry_name!r}", task.reads, recipe.data, dataset)
     if recipe.eval.data is not None:  # built now, so that a wrong path is told before the training, not after it
-        _refuse_other_data(
+        refuse_other_data(
             "eval.data.name: an evaluation", "pictures", recipe.eval.data, open_data(recipe.eval.data, "eval.data")
         )
     task.setup(_model(recipe, task), Losses(recipe.losses))
     if accelerator.is_main_process:
-        _warn_of_missing_captions(task.trained[task.parts[0]], recipe.data, dataset)
+        warn_of_missing_captions(task.trained[task.parts[0]], recipe.data, dataset)
     frozen = optim.freeze(task.trained[task.parts[0]], config.freeze)
     optimizers = {name: recipe.optims[name].build(module) for name, module in task.trained.items()}
     bare = dict(task.trained)
@@ -142,22 +142,6 @@ def start(recipe: Recipe) -> Run:
         config.out.mkdir(parents=True, exist_ok=True)
         write_yaml(recipe.resolved(), config.out / checkpoint.RECIPE)
     return run
-
-
-def open_data(spec: Mapping[str, Any], section: str) -> Any:
-    """The data set of a recipe's section.
-
-    Raises:
-        ConfigError: It cannot be opened; names the key.
-    """
-    try:
-        return create("dataset", **spec)
-    except ConfigError:
-        raise
-    except FileNotFoundError as err:
-        raise ConfigError(f"{section}.path: {err}") from err
-    except (OSError, ValueError) as err:
-        raise ConfigError(f"{section}: {err}") from err
 
 
 def snapshot(run: Run) -> Snapshot:
@@ -273,24 +257,6 @@ def _refuse_unsharded(recipe: Recipe, sharded: bool) -> None:
     named = [key for key, given in refused.items() if given and sharded]
     if named:
         raise ConfigError(f"{', '.join(named)}: not together with FSDP. Leave it out, or start without --use_fsdp.")
-
-
-def _warn_of_missing_captions(model: Any, spec: Mapping[str, Any], dataset: Dataset | TokenDataset) -> None:
-    if "text" in getattr(model, "options", ()) and not gives_text(dataset):
-        key = "data.caption=COLUMN" if spec["name"] == "hf" else "data.captions=true"
-        warnings.warn(
-            f"{model.registry_name} reads captions and the data set {spec['name']!r} gives none: it learns without. "
-            f"Set {key} if there are any.",
-            stacklevel=3,
-        )
-
-
-def _refuse_other_data(who: str, reads: str, spec: Mapping[str, Any], dataset: Dataset | TokenDataset) -> None:
-    """Refuse tokens for what reads pictures, and the other way round."""
-    given = "tokens" if isinstance(dataset, TokenDataset) else "pictures"
-    if given != reads:
-        wanted = "name: ids and the folder of vistok tokenize" if reads == "tokens" else "e.g. name: folder"
-        raise ConfigError(f"{who} reads {reads}, and {spec['name']!r} gives {given}: give {wanted}.")
 
 
 def accumulation(config: TrainConfig, processes: int) -> int:

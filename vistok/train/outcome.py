@@ -16,8 +16,9 @@ from vistok.config import create
 from vistok.data.base import Dataset, captions_of, files_of, write_files
 from vistok.distributed import of_first
 from vistok.train import checkpoint, sharding
-from vistok.train.build import Run, open_data
+from vistok.train.build import Run
 from vistok.train.log import METRICS, Log, clock, history
+from vistok.train.source import open_data
 
 Reason = Literal["done", "time", "signal"]
 EVALUATION = "eval"
