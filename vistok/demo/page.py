@@ -190,7 +190,7 @@ def _tokens_tab(gr: Any, page: Any, viewer: Viewer) -> None:
 
     # each step reads where the slider is by then: a slow picture does not bring back an old position
     for event in (page.load, dropped.change, caption.submit):
-        done = event(encode, [dropped, caption], [state, shown, curves, drawn], show_progress="hidden")
+        done = event(encode, [dropped, caption], [state, shown, curves, drawn], show_progress="minimal")
         done = done.then(move, [state, curves, slider], [shown, drawn], show_progress="hidden")
         done = done.then(measure, state, curves, show_progress="hidden")
         done.then(draw, [state, curves, slider], drawn, show_progress="hidden")

@@ -101,10 +101,11 @@ def _read(source: str | Path, config_file: str | Path | None) -> tuple[dict[str,
     if Path(source).is_file() or config_file is not None:
         return read_checkpoint(source, config_file)
     if not str(source).startswith(hub.HUB_PREFIX) and not Path(source).is_dir():
-        hint = nearest(str(source), list_names("tokenizer", pretrained=True))
+        names = list_names("tokenizer", pretrained=True)
+        here = ", ".join(name for name in names if getattr(presets.presets[name].weights, "shipped", None))
         raise hub.LoadError(
-            f"{str(source)!r} is no preset with weights, no folder and no file. {hint} "
-            "For the hub write hf-hub:org/name."
+            f"{str(source)!r} is no preset with weights, no folder and no file. {nearest(str(source), names)} "
+            f"Weights that come along: {here}. For the hub write hf-hub:org/name."
         )
     folder = hub.locate(source)
     return hub.read_folder(folder) if (folder / hub.CONFIG).is_file() else read_checkpoint(folder)
