@@ -267,3 +267,13 @@ def test_misuse_is_one_clear_line(name, config, message):
 def test_any_quantizer_fits(name, quantizer):
     tok = vistok.create("tokenizer", name, quantizer=quantizer).eval()
     assert tok.decode(tok.encode(image(1, 64))).shape == (1, 3, 64, 64)
+
+
+@pytest.mark.parametrize("name", ["gigatok_tiny", "gigatok_2d_tiny"])
+def test_norms_have_the_groups_that_were_asked_for_and_the_same_weights(name):
+    published = vistok.create("tokenizer", name)
+    grouped = vistok.create("tokenizer", name, groups=8)
+    assert {m.num_groups for m in grouped.modules() if isinstance(m, torch.nn.GroupNorm)} == {8}
+    grouped.load_state_dict(published.state_dict())
+    picture = torch.rand(1, 3, 64, 64)
+    assert not torch.allclose(grouped.encode_features(picture), published.encode_features(picture), atol=1e-4)

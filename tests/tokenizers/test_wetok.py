@@ -186,3 +186,12 @@ def test_widths_that_group_norm_cannot_split_are_refused():
 
 def test_the_last_level_keeps_its_size():
     assert WeTokEncoder(8, [32, 32], 1)(torch.rand(1, 3, 10, 12)).shape == (1, 30, 8)
+
+
+def test_norms_have_the_groups_that_were_asked_for_and_the_same_weights():
+    published = vistok.create("tokenizer", "wetok_tiny")
+    grouped = vistok.create("tokenizer", "wetok_tiny", groups=8)
+    assert {m.num_groups for m in grouped.modules() if isinstance(m, torch.nn.GroupNorm)} == {8}
+    grouped.load_state_dict(published.state_dict())
+    picture = torch.rand(1, 3, 32, 32)
+    assert not torch.allclose(grouped.encode_features(picture), published.encode_features(picture), atol=1e-3)

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from vistok.tokenizers.base import Tokenizer
     from vistok.tokens import Tokens
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="Preset with weights, folder, or hf-hub:org/name.")]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Preset with weights, folder (also of a run), or hf-hub:org/name.")
+]
 Sources = Annotated[list[str], typer.Argument(metavar="FILES...", help="Files, folders, patterns.")]
 Out = Annotated[Path, typer.Option(help="Folder for the results.")]
 Batch = Annotated[int, typer.Option(min=1, help="Pictures at once.")]

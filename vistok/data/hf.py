@@ -63,7 +63,8 @@ class HuggingFace:
             found = found.cast_column(image, datasets.Image(decode=False))
         elif getattr(kind, "dtype", "") not in STORED:
             raise ValueError(
-                f"Column {image!r} of {path} holds {getattr(kind, 'dtype', kind)}, no pictures. Give `image`."
+                f"Column {image!r} of {path} holds {getattr(kind, 'dtype', kind)}, no pictures. "
+                "Name the column of the pictures as `image`."
             )
         self.table, self.image, self.caption, self.label = found, image, caption, label
         self.path = path

@@ -76,7 +76,8 @@ def fit(
     codec.require(tokenizer)
     broken: dict[Path, str] = {}
     found: list[Tensor] = []
-    owners: list[Path] = []
+    owners: list[Path] = []  # of every row of `found`
+    used: dict[Path, None] = {}
     how = tokenizer.preprocess
     read = read_batches(pictures, how, batch, broken=broken)
     if crops:
@@ -87,15 +88,15 @@ def fit(
         assert ids is not None
         found.append(ids.cpu())
         owners += files
+        used.update(dict.fromkeys(files))
         if progress is not None:
-            progress(len(set(owners)) + len(broken))
+            progress(len(used) + len(broken))
     if not found:
         raise ValueError(f"There is no picture to fit to ({'; '.join(broken.values()) or 'the list is empty'}).")
     if len({part.shape[1] for part in found}) > 1:
         raise ValueError("Pictures of different sizes have different numbers of tokens: a prior is of one size.")
     every = torch.cat(found)  # (B, K[, G])
-    used = list(dict.fromkeys(owners))
-    left_out = set(used[min(HELD_OUT, len(used)) - 1 :: HELD_OUT])
+    left_out = set(list(used)[min(HELD_OUT, len(used)) - 1 :: HELD_OUT])
     held = torch.tensor([owner in left_out for owner in owners])
     packed, coded = 0.0, 0.0
     if len(used) > 1:

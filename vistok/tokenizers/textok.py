@@ -51,7 +51,7 @@ class _TextPort(nn.Module):
 
     @torch.no_grad()
     def start_local(self, patches: int, tokens: int) -> None:
-        """Patches and tokens find each other by place (`vistok.layers.local_start`); text has contents, and none."""
+        """Patches and tokens find each other by place (`vistok.layers.local_start`); text has contents and no place."""
         self.position.zero_()
         self.position[: patches + tokens] = torch.cat(local_start.places(patches, tokens, self.position.shape[1]))
         local_start.attend_by_place(self.transformer)

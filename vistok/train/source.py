@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from vistok.config import ConfigError, create
+from vistok.config import ConfigError, create, schema
 from vistok.data.base import Dataset, TokenDataset, gives_text
 
 
@@ -29,10 +29,12 @@ def open_data(spec: Mapping[str, Any], section: str) -> Any:
 def warn_of_missing_captions(model: Any, spec: Mapping[str, Any], dataset: Dataset | TokenDataset) -> None:
     """Say so if a model that reads captions gets none."""
     if "text" in getattr(model, "options", ()) and not gives_text(dataset):
-        key = "data.caption=COLUMN" if spec["name"] == "hf" else "data.captions=true"
+        taken = {key: kind for key, (kind, _) in schema(type(dataset)).items() if key.startswith("caption")}
+        ways = [f"data.{key}={'true' if kind is bool else 'COLUMN'}" for key, kind in taken.items()]
+        advice = f" Set {' or '.join(ways)} if there are any." if ways else ""
         warnings.warn(
-            f"{model.registry_name} reads captions and the data set {spec['name']!r} gives none: it learns without. "
-            f"Set {key} if there are any.",
+            f"{model.registry_name} reads captions and the data set {spec['name']!r} gives none: it learns without."
+            f"{advice}",
             stacklevel=3,
         )
 
